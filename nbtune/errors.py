@@ -1,0 +1,32 @@
+"""The errors a person can cause: each has a title, what happened, and what to do about it."""
+
+from __future__ import annotations
+
+
+class NbtuneError(Exception):
+    """Something a user can mend. `str()` shows title, message and remedy, one under the other."""
+
+    def __init__(self, title: str, message: str = "", remedy: str = "") -> None:
+        super().__init__("\n".join(part for part in (title, message, remedy) if part))
+        self.title = title
+        self.message = message
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[NbtuneError], tuple[str, str, str]]:
+        return type(self), (self.title, self.message, self.remedy)
+
+
+class ModelError(NbtuneError, ValueError):
+    """The model cannot be found, read or held in memory."""
+
+
+class DataError(NbtuneError, ValueError):
+    """The data cannot be found, read, or trained on."""
+
+
+class AdapterError(NbtuneError, ValueError):
+    """An adapter does not fit its config, its file or its base model."""
+
+
+class RunError(NbtuneError, RuntimeError):
+    """A run cannot be started, resumed or opened."""

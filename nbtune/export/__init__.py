@@ -1,0 +1,1 @@
+"""Adapters, merged models and GGUF files, each with a numeric proof."""

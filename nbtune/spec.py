@@ -1,0 +1,353 @@
+"""RunSpec: the one declaration of a run.
+
+Every setting is one field with its metadata beside it. The wizard's form, the CLI's flags, the YAML file, the papermill
+parameters, the MLflow params and the reference table are all read from here (see `settings`), so a new setting is one
+new field and nothing else.
+
+    spec = RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=LoraConfig(r=16))
+    spec.to_yaml("spec.yaml"); RunSpec.from_yaml("spec.yaml") == spec
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
+
+from nbtune.peft.config import LoraConfig, PeftConfig
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Row = dict[str, Any]
+
+
+def _field(
+    default: Any = ...,
+    *,
+    help: str,
+    label: str | None = None,
+    unit: str | None = None,
+    advanced: bool = False,
+    sweepable: bool = False,
+    **limits: Any,
+) -> Any:
+    """A pydantic field whose metadata the form, the CLI and the docs read."""
+    extra = {"label": label, "unit": unit, "advanced": advanced, "sweepable": sweepable}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSpec(_Part):
+    """Which base model, and in which precision."""
+
+    name: str = _field(
+        "smollm2-135m-instruct",
+        help="A packaged name, a hub id, a local folder or a .gguf file.",
+        label="Model",
+        min_length=1,
+    )
+    revision: str | None = _field(None, help="Branch, tag or commit of a hub model.", advanced=True)
+    dtype: Dtype = _field(
+        "auto", help="Precision of the base weights; auto is bfloat16 where this machine computes it well.", advanced=True
+    )
+    trust_remote_code: bool = _field(
+        False, help="Run Python code that comes with the model. Only for a source you trust.", advanced=True
+    )
+
+
+class DataSpec(_Part):
+    """Where the examples come from and which of them are held out."""
+
+    source: str = _field(
+        "stdlib-docs",
+        help="stdlib-docs, a .json, .jsonl, .csv or .parquet file, or a hub dataset id.",
+        label="Data",
+        min_length=1,
+    )
+    format: DataFormat = _field("auto", help="Shape of a row; auto reads it from the columns.", advanced=True)
+    split: str = _field("train", help="Split of a hub dataset to train on.", advanced=True)
+    eval_fraction: float = _field(
+        0.05, help="Share of the rows held out to measure the loss on.", label="Held out", ge=0, lt=1
+    )
+    max_rows: int | None = _field(None, help="Use at most this many training rows.", unit="rows", ge=1, advanced=True)
+    max_eval_rows: int = _field(
+        128, help="Measure the held-out loss on at most this many rows.", unit="rows", ge=1, advanced=True
+    )
+    seed: int = _field(0, help="Seed of the split into training and held-out rows.", ge=0, advanced=True)
+
+    # Rows given in memory: a source cannot name them, so they travel with the spec and into the run's folder.
+    _rows: tuple[Row, ...] | None = PrivateAttr(default=None)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], **settings: Any) -> DataSpec:
+        """A spec over rows that exist only in memory; `source` becomes their content hash."""
+        rows = tuple(dict(row) for row in rows)
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        spec = cls(source=f"memory:{digest}", **settings)
+        spec._rows = rows
+        return spec
+
+    @property
+    def rows(self) -> tuple[Row, ...] | None:
+        """The rows given in memory, or None where `source` names a place to read."""
+        return self._rows
+
+
+class TrainingSpec(_Part):
+    """How the weights are changed. Names and meanings are those of transformers' TrainingArguments."""
+
+    max_steps: int = _field(
+        -1, help="Optimiser steps; -1 trains for num_train_epochs.", label="Steps", ge=-1, sweepable=True
+    )
+    num_train_epochs: float = _field(
+        1.0, help="Passes over the training rows, where max_steps is -1.", label="Epochs", gt=0, sweepable=True
+    )
+    learning_rate: float = _field(2e-4, help="Peak learning rate.", gt=0, lt=1, sweepable=True)
+    per_device_train_batch_size: int = _field(
+        2, help="Rows (packed rows of max_length tokens) in one forward pass.", label="Batch size", ge=1, sweepable=True
+    )
+    gradient_accumulation_steps: int = _field(
+        2, help="Forward passes per optimiser step.", label="Accumulation", ge=1, sweepable=True
+    )
+    max_length: int = _field(
+        512, help="Longest row; longer examples are cut at the end.", unit="tokens", ge=8, sweepable=True
+    )
+    packing: bool = _field(True, help="Fill each row with several examples; each still sees only itself.", advanced=True)
+    lr_scheduler_type: Scheduler = _field(
+        "cosine", help="How the learning rate falls after the warm-up.", label="Schedule", sweepable=True
+    )
+    warmup_ratio: float = _field(
+        0.05, help="Share of the steps in which the learning rate rises from zero.", ge=0, lt=1, advanced=True, sweepable=True
+    )
+    weight_decay: float = _field(0.0, help="AdamW weight decay.", ge=0, lt=1, advanced=True, sweepable=True)
+    max_grad_norm: float = _field(1.0, help="Clip the gradient's norm to this; 0 does not clip.", ge=0, advanced=True)
+    adam_beta1: float = _field(0.9, help="AdamW: decay of the gradient average.", ge=0, lt=1, advanced=True)
+    adam_beta2: float = _field(0.999, help="AdamW: decay of the squared-gradient average.", ge=0, lt=1, advanced=True)
+    adam_epsilon: float = _field(1e-8, help="AdamW: added to the denominator.", gt=0, advanced=True)
+    gradient_checkpointing: bool = _field(
+        False, help="Recompute activations in the backward pass: less memory, about a third slower.", advanced=True
+    )
+    eval_steps: int = _field(
+        20, help="Measure the held-out loss every so many steps; 0 only before and after.", unit="steps", ge=0
+    )
+    save_steps: int = _field(
+        20, help="Write a checkpoint every so many steps; 0 only at the end.", unit="steps", ge=0, advanced=True
+    )
+    save_total_limit: int = _field(2, help="Checkpoints to keep.", ge=1, advanced=True)
+    seed: int = _field(0, help="Seed of the adapter's first weights, of dropout and of the order of rows.", ge=0, sweepable=True)
+
+
+class TrackingSpec(_Part):
+    """Where the run is recorded besides its own folder."""
+
+    mlflow: bool = _field(True, help="Log the run to MLflow.", label="MLflow", advanced=True)
+    tracking_uri: str | None = _field(
+        None, help="MLflow tracking URI; none is a SQLite file in the runs folder.", label="MLflow URI", advanced=True
+    )
+    experiment: str = _field("nbtune", help="MLflow experiment.", min_length=1, advanced=True)
+
+
+class RunSpec(_Part):
+    """One run. A string, a dict or an object stands for a part: `RunSpec(model="...", data=rows, method="full")`."""
+
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    data: DataSpec = Field(default_factory=DataSpec)
+    method: PeftConfig | Literal["full"] = Field(default_factory=LoraConfig)
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    tracking: TrackingSpec = Field(default_factory=TrackingSpec)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: Any) -> Any:
+        return {"name": str(value)} if isinstance(value, str | Path) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return {"source": str(value)}
+        if isinstance(value, DataSpec | Mapping):
+            return value
+        return DataSpec.from_rows(_rows_of(value))
+
+    @field_validator("method", mode="plain")
+    @classmethod
+    def _method(cls, value: Any) -> PeftConfig | Literal["full"]:
+        if isinstance(value, PeftConfig):
+            return value
+        if value == "full":
+            return "full"
+        if isinstance(value, str):
+            return PeftConfig.from_dict({"peft_type": value.upper()})
+        if isinstance(value, Mapping):
+            return PeftConfig.from_dict({"peft_type": "LORA", **value})
+        raise ValueError(f"method is {value!r}; give a config such as LoraConfig(r=16), its name, a dict, or 'full'")
+
+    @field_serializer("method")
+    def _dump_method(self, value: PeftConfig | Literal["full"]) -> Any:
+        return value if value == "full" else value.to_dict()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSpec:
+        if self.training.max_steps == 0:
+            raise ValueError("training.max_steps is 0; give the number of steps, or -1 for whole epochs")
+        return self
+
+    @property
+    def method_name(self) -> str:
+        """`"full"` or the lower-case peft type, for names and labels."""
+        return "full" if self.method == "full" else self.method.peft_type.lower()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: what YAML, JSON and papermill can carry."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        return cls.model_validate(dict(values))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunSpec:
+        """Read a spec file. Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{path} holds no settings; it should start with `model:`, `data:`, `method:` or `training:`")
+        return cls.from_dict(values)
+
+    def updated(self, **changes: Any) -> RunSpec:
+        """A copy with settings changed by name: `spec.updated(learning_rate=1e-4, r=8)` or `{"training.seed": 1}`.
+
+        Short names are those of `settings`; one that two parts share must be given in full. Raises ValueError for an
+        unknown or ambiguous name.
+        """
+        values = self.to_dict()
+        for name, value in changes.items():
+            part, key = _resolve(name, self.method).split(".", 1)
+            if not isinstance(values[part], dict):
+                raise ValueError(f"{name!r} is a setting of an adapter, but method is {values[part]!r}")
+            values[part][key] = value
+        spec = RunSpec.from_dict(values)
+        spec.data._rows = self.data._rows
+        return spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting as a form, a flag or a table row needs it."""
+
+    path: str  # "training.learning_rate"
+    type: Any
+    default: Any
+    help: str
+    label: str
+    unit: str | None = None
+    choices: tuple[Any, ...] | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    advanced: bool = False
+    sweepable: bool = False
+
+    @property
+    def part(self) -> str:
+        return self.path.split(".", 1)[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.split(".", 1)[1]
+
+
+def settings(method: PeftConfig | type[PeftConfig] | Literal["full"] = LoraConfig) -> list[Setting]:
+    """Every setting of a run with this method, in the order in which a form shows them."""
+    parts = [("model", ModelSpec), ("data", DataSpec), ("training", TrainingSpec), ("tracking", TrackingSpec)]
+    found = [setting for part, cls in parts for setting in _model_settings(part, cls)]
+    if method != "full":
+        found += _config_settings(method if isinstance(method, type) else type(method))
+    return found
+
+
+def _model_settings(part: str, cls: type[BaseModel]) -> Iterator[Setting]:
+    hints = typing.get_type_hints(cls)
+    for name, info in cls.model_fields.items():
+        extra = typing.cast("dict[str, Any]", info.json_schema_extra)
+        limits = {key: getattr(m, key) for m in info.metadata for key in ("ge", "gt", "le", "lt") if hasattr(m, key)}
+        yield Setting(
+            path=f"{part}.{name}",
+            type=hints[name],
+            default=info.default,
+            help=info.description or "",
+            label=extra["label"] or _label(name),
+            unit=extra["unit"],
+            choices=typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Literal else None,
+            advanced=extra["advanced"],
+            sweepable=extra["sweepable"],
+            **limits,
+        )
+
+
+def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata:  # identity of the file (peft_type, task_type, ...), not a choice
+            continue
+        made = field.default_factory is not dataclasses.MISSING
+        yield Setting(
+            path=f"method.{field.name}",
+            type=hints[field.name],
+            default=field.default_factory() if made else field.default,
+            **{"label": _label(field.name), **field.metadata},
+        )
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _resolve(name: str, method: PeftConfig | Literal["full"]) -> str:
+    """The full path of a setting given by its short or its full name."""
+    known = [setting.path for setting in settings(method if method != "full" else LoraConfig)]
+    if name in known:
+        return name
+    matches = [path for path in known if path.split(".", 1)[1] == name]
+    if name == "seed":  # the seed of the run, as every trainer means it; `data.seed` only splits the rows
+        return "training.seed"
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"{name!r} is ambiguous: {', '.join(matches)}")
+    import difflib
+
+    near = difflib.get_close_matches(name, [path.split(".", 1)[1] for path in known], n=3)
+    raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+
+
+def _rows_of(value: Any) -> list[Row]:
+    """Rows of a list of dicts, a pandas DataFrame or a `datasets.Dataset`."""
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # DataFrame, without importing pandas
+        return typing.cast("list[Row]", value.to_dict(orient="records"))
+    if hasattr(value, "to_list") and hasattr(value, "column_names"):  # datasets.Dataset, without importing datasets
+        return typing.cast("list[Row]", value.to_list())
+    if isinstance(value, Sequence) and all(isinstance(row, Mapping) for row in value):
+        return [dict(row) for row in value]
+    raise ValueError(f"data is a {type(value).__name__}; give a path, a name, a list of dicts, a DataFrame or a Dataset")
