@@ -1,0 +1,71 @@
+"""`events.jsonl`: what happened in a run, one JSON object a line, only ever appended to.
+
+The table of event types is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends events to a run's file; each line is on its way to the disk before `append` returns."""
+
+    def __init__(self, run_path: Path) -> None:
+        path = run_path / FILE
+        _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def append(self, event: Event) -> Event:
+        """Write `event` with the time it happened; returns it as written."""
+        event = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in event.items()}}
+        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        return event
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(run_path: Path, *, all_lives: bool = False) -> list[Event]:
+    """The events of the run at `run_path`, oldest first.
+
+    After a resume, the steps of the earlier life past the checkpoint no longer count and are left out; `all_lives` keeps
+    them, in the order in which they were written. A last line without its end, as a kill leaves it, is not read.
+    """
+    path = run_path / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    events = [json.loads(line) for line in lines]
+    return events if all_lives else _living(events)
+
+
+def _living(events: list[Event]) -> list[Event]:
+    """Events without the steps that a later `resume` did again."""
+    living: list[Event] = []
+    for event in events:
+        if event["type"] == "resume":
+            living = [old for old in living if old.get("step", 0) <= event["step"] and old["type"] != "end"]
+        living.append(event)
+    return living
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line end, so that the next event starts on a line of its own."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

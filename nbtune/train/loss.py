@@ -1,0 +1,94 @@
+"""From a packed batch to its loss, through the decoder and past the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nbtune.errors import ModelError
+from nbtune.kernels.linear_cross_entropy import linear_cross_entropy
+from nbtune.peft import AdapterLayer
+
+# What architectures do to the logits after the head, by the name of the setting in their config.
+SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
+SCALE = "logit_scale"  # Cohere: logits * scale
+DIVISOR = "logits_scaling"  # Granite: logits / scaling
+
+
+class CausalLMLoss(nn.Module):
+    """The next-token loss of a causal language model on packed rows.
+
+    A module, so that an engine for several processes can wrap it: its forward pass is the whole of what training needs.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config().to_dict()
+        self.softcap = config.get(SOFTCAP)
+        self.scale = (config.get(SCALE) or 1.0) / (config.get(DIVISOR) or 1.0)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        cu_seq_lens: Tensor,
+        max_length: int,
+        num_items: int | None = None,
+    ) -> Tensor:
+        """The loss, summed over the labelled tokens and divided by `num_items` (None: by their number).
+
+        Args:
+            input_ids: Tokens of a flat row [1, T].
+            labels: Targets [1, T], not shifted; the first of each segment is -100.
+            position_ids: Positions [1, T] that restart in each segment.
+            cu_seq_lens: Segment borders [segments + 1], int32.
+            max_length: Longest segment.
+            num_items: Labelled tokens of the whole accumulated batch.
+        """
+        hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
+        weight, bias = self._head()
+        return linear_cross_entropy(
+            hidden[0, :-1], weight, labels[0, 1:], bias=bias, num_items=num_items, softcap=self.softcap, scale=self.scale
+        )
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
+        return self.model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **_segments(cu_seq_lens, max_length)
+        ).last_hidden_state  # [1, T, D]
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        if isinstance(head, AdapterLayer):
+            return head.effective_weight(), head.base_layer.bias
+        return head.weight, head.bias
+
+    @torch.no_grad()
+    def verify(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> None:
+        """Raise ModelError where this model's logits are not what the loss above assumes."""
+        segments = {"position_ids": position_ids, **_segments(cu_seq_lens, max_length)}
+        theirs = self.model(input_ids=input_ids, use_cache=False, **segments).logits.float()
+        weight, bias = self._head()
+        hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
+        ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.scale
+        if self.softcap is not None:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        tolerance = 0.05 * theirs.abs().max().clamp(min=1.0)  # bf16 resolves about 1 part in 128
+        if (ours - theirs).abs().max() > tolerance:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be trained yet",
+                "Its logits are more than the output head's product with the hidden states.",
+                "Choose a model of another architecture, and report this one.",
+            )
+
+
+def _segments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Tensor | int]:
+    """The keyword arguments by which transformers hands segments to an attention."""
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+    }

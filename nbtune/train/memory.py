@@ -1,0 +1,65 @@
+"""How much memory this process holds, now and at most: VRAM on a GPU, resident memory (RSS) on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from types import TracebackType
+
+import psutil
+import torch
+
+
+def used_bytes(device: torch.device) -> int:
+    """Bytes allocated on a CUDA `device`, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory back to the system; without this a notebook's process keeps the pages of a finished run."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """Follows the peak of `used_bytes` while the block runs.
+
+    CUDA counts it exactly. RSS has no per-run peak, so a thread reads it 20 times a second.
+    """
+
+    def __init__(self, device: torch.device, interval: float = 0.05) -> None:
+        self._device = device
+        self._interval = interval
+        self._done = threading.Event()
+        self._seen = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most seen since the block began."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        self._seen = max(self._seen, used_bytes(self._device))
+        return self._seen
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            threading.Thread(target=self._follow, name="nbtune-memory", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+
+    def _follow(self) -> None:
+        while not self._done.wait(self._interval):
+            self._seen = max(self._seen, used_bytes(self._device))
