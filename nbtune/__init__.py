@@ -1,0 +1,95 @@
+"""nbtune: fine-tune language models from a living notebook.
+
+    import nbtune as nt
+    run = nt.train(nt.RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=nt.LoraConfig(r=16)))
+    run.watch()
+    nt.arena("base", run)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nbtune.check import Problem, check
+    from nbtune.errors import NbtuneError
+    from nbtune.infer import arena
+    from nbtune.peft.config import LoraConfig, PeftConfig
+    from nbtune.plan import Plan, plan
+    from nbtune.run import Run, runs, train
+    from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
+
+__version__ = "0.1.0"
+
+# Imported when first used: torch, gradio and mlflow take seconds each.
+_HOME = {
+    "DataSpec": "nbtune.spec",
+    "LoraConfig": "nbtune.peft.config",
+    "ModelSpec": "nbtune.spec",
+    "NbtuneError": "nbtune.errors",
+    "PeftConfig": "nbtune.peft.config",
+    "Plan": "nbtune.plan",
+    "Problem": "nbtune.check",
+    "Run": "nbtune.run",
+    "RunSpec": "nbtune.spec",
+    "TrackingSpec": "nbtune.spec",
+    "TrainingSpec": "nbtune.spec",
+    "arena": "nbtune.infer",
+    "check": "nbtune.check",
+    "plan": "nbtune.plan",
+    "runs": "nbtune.run",
+    "settings": "nbtune.spec",
+    "train": "nbtune.run",
+}
+
+__all__ = [
+    "DataSpec",
+    "LoraConfig",
+    "ModelSpec",
+    "NbtuneError",
+    "PeftConfig",
+    "Plan",
+    "Problem",
+    "Run",
+    "RunSpec",
+    "TrackingSpec",
+    "TrainingSpec",
+    "arena",
+    "check",
+    "plan",
+    "runs",
+    "settings",
+    "train",
+    "wizard",
+]
+
+
+def wizard() -> Any:
+    """Show the form that builds a `RunSpec`, starts it and compares what came out."""
+    from nbtune_widgets import wizard as show
+
+    return show()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nbtune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+class _Face(ModuleType):
+    """`nbtune.train` is the function although a folder bears its name: importing the folder must not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

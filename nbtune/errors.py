@@ -16,6 +16,10 @@ class NbtuneError(Exception):
         return type(self), (self.title, self.message, self.remedy)
 
 
+class SpecError(NbtuneError, ValueError):
+    """A setting is unknown or has a value it cannot have."""
+
+
 class ModelError(NbtuneError, ValueError):
     """The model cannot be found, read or held in memory."""
 

@@ -11,6 +11,7 @@ new field and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import typing
@@ -19,8 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
+from nbtune.errors import SpecError
 from nbtune.peft.config import LoraConfig, PeftConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -217,34 +228,43 @@ class RunSpec(_Part):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
-        return cls.model_validate(dict(values))
+        """Raises SpecError that names each setting that is wrong."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise SpecError("These settings cannot be used", "\n".join(wrong)) from error
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
-        """Read a spec file. Raises FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+        """Read a spec file. Raises SpecError naming the file and what is wrong in it."""
         path = Path(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError("The spec cannot be read", f"{path}: {error.strerror}") from error
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+            raise SpecError("The spec is not YAML", f"{path}: {error}") from error
         if not isinstance(values, Mapping):
-            raise ValueError(f"{path} holds no settings; it should start with `model:`, `data:`, `method:` or `training:`")
+            raise SpecError(
+                "The spec holds no settings", str(path), "Give it `model:`, `data:`, `method:` or `training:`."
+            )
         return cls.from_dict(values)
 
     def updated(self, **changes: Any) -> RunSpec:
         """A copy with settings changed by name: `spec.updated(learning_rate=1e-4, r=8)` or `{"training.seed": 1}`.
 
-        Short names are those of `settings`; one that two parts share must be given in full. Raises ValueError for an
+        Short names are those of `settings`; one that two parts share must be given in full. Raises SpecError for an
         unknown or ambiguous name.
         """
         values = self.to_dict()
         for name, value in changes.items():
             part, key = _resolve(name, self.method).split(".", 1)
             if not isinstance(values[part], dict):
-                raise ValueError(f"{name!r} is a setting of an adapter, but method is {values[part]!r}")
+                raise SpecError(f"{name!r} is a setting of an adapter, but method is {values[part]!r}")
             values[part][key] = value
         spec = RunSpec.from_dict(values)
         spec.data._rows = self.data._rows
@@ -335,11 +355,9 @@ def _resolve(name: str, method: PeftConfig | Literal["full"]) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise ValueError(f"{name!r} is ambiguous: {', '.join(matches)}")
-    import difflib
-
+        raise SpecError(f"The setting {name!r} is ambiguous", "", f"Write {' or '.join(matches)}.")
     near = difflib.get_close_matches(name, [path.split(".", 1)[1] for path in known], n=3)
-    raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    raise SpecError(f"There is no setting {name!r}", "", f"Did you mean {', '.join(near)}?" if near else "")
 
 
 def _rows_of(value: Any) -> list[Row]:

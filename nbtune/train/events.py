@@ -52,7 +52,8 @@ def _living(events: list[Event]) -> list[Event]:
     living: list[Event] = []
     for event in events:
         if event["type"] == "resume":
-            living = [old for old in living if old.get("step", 0) <= event["step"] and old["type"] != "end"]
+            done = event["step"]  # steps whose work the resumed life starts from; none: it starts anew
+            living = [old for old in living if done and old.get("step", 0) <= done and old["type"] != "end"]
         living.append(event)
     return living
 

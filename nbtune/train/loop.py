@@ -22,11 +22,11 @@ from nbtune.data import Batch, Batches
 from nbtune.errors import NbtuneError
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
+from nbtune.train.events import Event
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, used_bytes
 from nbtune.train.optim import adamw, learning_rate
 
-Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 
 
@@ -70,6 +70,7 @@ def train(
     *,
     checkpoints: Path,
     compute_dtype: torch.dtype,
+    memory: PeakMemory,
     on_event: OnEvent,
     should_stop: Callable[[], bool],
 ) -> Outcome:
@@ -82,6 +83,7 @@ def train(
         training: The settings.
         checkpoints: Folder for checkpoints.
         compute_dtype: Precision of the forward pass; trained fp32 weights are cast to it on the fly (autocast).
+        memory: Follows the memory of the run.
         on_event: Told what happens; see docs/architecture.md for the events.
         should_stop: Asked before every forward pass. The step in progress is given up, so the checkpoint is of whole steps.
 
@@ -98,7 +100,6 @@ def train(
     start = 0
     if saved := checkpoint.checkpoints(checkpoints):
         start = checkpoint.load(saved[-1], parameters, optimizer)
-        on_event({"type": "resume", "step": start})
     model, optimizer = accelerator.prepare(loss_model, optimizer)
     precision = _precision(loss_model, device, compute_dtype)
 
@@ -107,55 +108,54 @@ def train(
         _evaluate(model, eval_batches, precision, start, on_event)
     done, stopped = start, False
 
-    with PeakMemory(device) as memory:
-        model.train()
-        for step in range(start, total_steps):
-            began = time.perf_counter()
-            micro_batches = schedule.micro_batches(step)
-            num_items = sum(batch.supervised_tokens for batch in micro_batches)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total_steps, training)
+    model.train()
+    for step in range(start, total_steps):
+        began = time.perf_counter()
+        micro_batches = schedule.micro_batches(step)
+        num_items = sum(batch.supervised_tokens for batch in micro_batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, training)
 
-            loss = torch.zeros((), device=device)
-            for index, batch in enumerate(micro_batches):
-                if stopped := should_stop():
-                    break
-                with _seeded(training.seed, step, index, device), precision():
-                    part = model(**_tensors(batch, device), num_items=num_items)
-                accelerator.backward(part)
-                loss += part.detach()
-            if stopped:
+        loss = torch.zeros((), device=device)
+        for index, batch in enumerate(micro_batches):
+            if stopped := should_stop():
                 break
+            with _seeded(training.seed, step, index, device), precision():
+                part = model(**_tensors(batch, device), num_items=num_items)
+            accelerator.backward(part)
+            loss += part.detach()
+        if stopped:
+            break
 
-            grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            _require_finite(float(loss), step + 1)
+        grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        _require_finite(float(loss), step + 1)
 
-            seconds = time.perf_counter() - began
-            tokens = sum(batch.tokens for batch in micro_batches)
-            done = step + 1
-            on_event(
-                {
-                    "type": "train",
-                    "step": done,
-                    "epoch": done / schedule.steps_per_epoch,
-                    "loss": float(loss),
-                    "learning_rate": learning_rate(step, total_steps, training),
-                    "grad_norm": float(grad_norm),
-                    "tokens": tokens,
-                    "tokens_per_second": tokens / seconds,
-                    "supervised_tokens": num_items,
-                    "memory_bytes": used_bytes(device),
-                    "peak_memory_bytes": memory.peak_bytes,
-                }
-            )
-            last = done == total_steps
-            if last or (training.eval_steps and done % training.eval_steps == 0):
-                _evaluate(model, eval_batches, precision, done, on_event)
-            if not last and training.save_steps and done % training.save_steps == 0:
-                _save(checkpoints, done, parameters, optimizer, training, on_event)
-        _save(checkpoints, done, parameters, optimizer, training, on_event)
+        seconds = time.perf_counter() - began
+        tokens = sum(batch.tokens for batch in micro_batches)
+        done = step + 1
+        on_event(
+            {
+                "type": "train",
+                "step": done,
+                "epoch": done / schedule.steps_per_epoch,
+                "loss": float(loss),
+                "learning_rate": learning_rate(step, total_steps, training),
+                "grad_norm": float(grad_norm),
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "supervised_tokens": num_items,
+                "memory_bytes": used_bytes(device),
+                "peak_memory_bytes": memory.peak_bytes,
+            }
+        )
+        last = done == total_steps
+        if last or (training.eval_steps and done % training.eval_steps == 0):
+            _evaluate(model, eval_batches, precision, done, on_event)
+        if not last and training.save_steps and done % training.save_steps == 0:
+            _save(checkpoints, done, parameters, optimizer, training, on_event)
+    _save(checkpoints, done, parameters, optimizer, training, on_event)
     accelerator.free_memory()
     return Outcome(done, stopped)
 

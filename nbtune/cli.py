@@ -1,0 +1,217 @@
+"""The `nbtune` command. `nbtune --help` lists what it does; every command is a few lines over the library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nbtune.errors import NbtuneError
+
+app = typer.Typer(
+    help="Fine-tune language models from a living notebook.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console()
+
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs-dir", envvar="NBTUNE_RUNS", help="Folder of the runs; default ./runs.")
+]
+
+
+def main() -> None:
+    """Run the command; a user's error is shown as title, cause and remedy, without a traceback."""
+    try:
+        app()
+    except NbtuneError as error:
+        if os.environ.get("NBTUNE_DEBUG"):
+            raise
+        title, *rest = str(error).splitlines() or [type(error).__name__]
+        Console(stderr=True).print(f"[bold red]error:[/] {title}", *rest, sep="\n", highlight=False, markup=True)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    runs_dir: RunsDir = None,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 60,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Open the chat when the training is done.")] = True,
+) -> None:
+    """Fine-tune the packaged model on Python's own documentation, and chat with what came out."""
+    from nbtune._demo import run_demo
+
+    run_demo(_folder(runs_dir), max_steps=max_steps, chat=chat, console=console)
+
+
+@app.command()
+def lab(
+    folder: Annotated[Path, typer.Argument(help="Where to work; the wizard notebook is put there once.")] = Path(),
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser.")] = True,
+    port: Annotated[int, typer.Option(help="Port of JupyterLab.")] = 8888,
+) -> None:
+    """Open JupyterLab on the wizard."""
+    from nbtune.notebook import copy_packaged
+
+    notebook = copy_packaged("wizard.ipynb", folder)
+    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", str(notebook)]
+    if not browser:
+        command.append("--no-browser")
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def train(
+    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="A run's settings; `nbtune check` checks them.")],
+    runs_dir: RunsDir = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Change a setting: learning_rate=1e-4. Repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Train what a spec file says, with progress in the terminal. Ctrl-C stops it after its step."""
+    from nbtune.run import train as start
+
+    run = start(_spec(spec_file, set_), runs_dir=_folder(runs_dir))
+    console.print(f"{run.id}  {run.path}", highlight=False)
+    run.watch()
+    _print_summary(run.summary())
+
+
+@app.command()
+def resume(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the end of it, or its folder.")],
+    runs_dir: RunsDir = None,
+) -> None:
+    """Go on with a run that was stopped, killed or failed, from its last checkpoint."""
+    from nbtune.run import Run
+
+    run = Run.open(run_id, runs_dir=_folder(runs_dir)).resume()
+    run.watch()
+    _print_summary(run.summary())
+
+
+@app.command()
+def runs(runs_dir: RunsDir = None) -> None:
+    """List the runs, newest first."""
+    from nbtune.plan import format_bytes
+    from nbtune.run import runs as known
+
+    table = Table(box=None, header_style="bold")
+    for column in ("run", "status", "method", "model", "data", "steps", "held out", "peak"):
+        table.add_column(column, justify="right" if column in ("steps", "peak") else "left", overflow="fold")
+    for run in known(_folder(runs_dir)):
+        summary = run.summary()
+        before, after, peak = (summary[key] for key in ("eval_loss_before", "eval_loss_after", "measured_peak_bytes"))
+        table.add_row(
+            run.id,
+            run.status,
+            summary["method"],
+            summary["model"],
+            summary["data"],
+            f"{summary['steps']}/{summary['total_steps'] or '?'}",
+            f"{before:.3f} → {after:.3f}" if before is not None else "",
+            format_bytes(peak) if peak else "",
+        )
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"No runs in {_folder(runs_dir)}. `nbtune demo` or `nbtune train SPEC.yaml` makes one.")
+
+
+@app.command()
+def arena(
+    run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs or adapter folders; the base is always there.")],
+    runs_dir: RunsDir = None,
+    port: Annotated[int | None, typer.Option(help="Port of the page; default the first free one from 7860.")] = None,
+) -> None:
+    """Chat with the base model and adapters side by side."""
+    from nbtune.infer import arena as open_arena
+    from nbtune.run import Run
+
+    folder = _folder(runs_dir)
+    columns = [name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=folder) for name in run_ids]
+    page = open_arena("base", *columns, runs_dir=folder, port=port)
+    console.print(f"Chat: {page.url}   (Ctrl-C ends it)")
+    page.wait()
+
+
+@app.command()
+def ui(
+    runs_dir: RunsDir = None,
+    port: Annotated[int, typer.Option(help="Port of the MLflow page.")] = 5000,
+) -> None:
+    """Open MLflow on the runs."""
+    from nbtune.spec import TrackingSpec
+    from nbtune.train.tracking import initialise, tracking_uri
+
+    folder = _folder(runs_dir)
+    uri = tracking_uri(TrackingSpec(), folder)
+    initialise(uri, folder)
+    console.print(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C ends it)")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def sync(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the end of it, or its folder.")],
+    runs_dir: RunsDir = None,
+) -> None:
+    """Send to MLflow what it missed of a run."""
+    from nbtune.run import Run
+    from nbtune.train.tracking import sync as send
+
+    console.print(f"MLflow run {send(Run.open(run_id, runs_dir=_folder(runs_dir)).path)} is complete.")
+
+
+@app.command()
+def check(
+    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml")],
+    runs_dir: RunsDir = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Change a setting: learning_rate=1e-4. Repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Say what would go wrong with a spec, what it needs, and how long it takes, without starting it."""
+    from nbtune.check import check as find_problems
+    from nbtune.plan import plan
+
+    spec = _spec(spec_file, set_)
+    problems = find_problems(spec, runs_dir=_folder(runs_dir))
+    for problem in problems:
+        console.print(str(problem), highlight=False, markup=False)
+    if any(problem.severity == "error" for problem in problems):
+        raise typer.Exit(1)
+    console.print(f"Ready. Needs {plan(spec)}.", highlight=False)
+
+
+def _folder(runs_dir: Path | None) -> Path:
+    from nbtune.run import default_runs_dir
+
+    return runs_dir or default_runs_dir()
+
+
+def _spec(file: Path, changes: list[str]):  # noqa: ANN202 - RunSpec, imported when needed
+    import yaml
+
+    from nbtune.spec import RunSpec
+
+    if not file.exists():
+        raise NbtuneError(f"There is no file {file}", "", "Write one: `model:`, `data:`, `method:` and `training:`.")
+    for change in changes:
+        if "=" not in change:
+            raise NbtuneError(f"--set {change} has no value", "", "Write --set name=value.")
+    return RunSpec.from_yaml(file).updated(
+        **{name: yaml.safe_load(value) for name, _, value in (change.partition("=") for change in changes)}
+    )
+
+
+def _print_summary(summary: dict[str, object]) -> None:
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if isinstance(before, float) and isinstance(after, float):
+        console.print(f"Held-out loss {before:.3f} → {after:.3f} nats per token ({after / before - 1:+.0%})", highlight=False)
+    console.print(f"{summary['id']}: {summary['status']}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

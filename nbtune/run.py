@@ -1,0 +1,364 @@
+"""A run: one folder, one thread, its events and its controls.
+
+    run = train(RunSpec(model="smollm2-135m-instruct", data="stdlib-docs"))
+    run.watch()          # live charts until it ends
+    run.summary()["eval_loss_after"]
+
+    runs/<id>/  spec.yaml  events.jsonl  log.txt  checkpoints/  adapter/  summary.json
+
+The folder is the truth: a run that a kernel lost is opened again from it (`Run.open`) and goes on from its last
+checkpoint (`resume`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+from nbtune import _files
+from nbtune._names import new_id
+from nbtune.check import require
+from nbtune.errors import NbtuneError, RunError
+from nbtune.spec import RunSpec
+from nbtune.train.events import Event, EventLog, read_events
+
+Status = Literal["created", "running", "stopped", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    total_steps: int | None  # None until the data is read
+    eta_seconds: float | None
+    tokens_per_second: float | None
+    message: str  # what is being done now
+
+
+def default_runs_dir() -> Path:
+    """The folder of runs: `NBTUNE_RUNS`, else `runs` in the working folder."""
+    return Path(os.environ.get("NBTUNE_RUNS") or "runs")
+
+
+def train(spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | None = None) -> Run:
+    """Start a run in a daemon thread of this process and return it.
+
+    Args:
+        spec: What to train, on what, how.
+        runs_dir: The folder of runs; None is `default_runs_dir()`.
+        run_id: The name of the run's folder; None chooses one.
+
+    Raises NbtuneError, naming what is wrong and what to do, before anything is written: see `nbtune.check`.
+    """
+    folder = (Path(runs_dir) if runs_dir is not None else default_runs_dir()).resolve()
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
+        raise RunError(f"{run_id!r} cannot name a run", "", "Use letters, digits, '-', '_' and '.'.")
+    if run_id is not None and (folder / run_id).exists():
+        raise RunError(f"There is a run {run_id} already", str(folder / run_id), "Choose another name, or resume it.")
+    require(spec, runs_dir=folder)
+    run = Run._create(spec, folder, run_id or new_id(folder))
+    run._start()
+    return run
+
+
+def runs(runs_dir: str | Path | None = None) -> list[Run]:
+    """The runs in a folder, newest first."""
+    folder = Path(runs_dir) if runs_dir is not None else default_runs_dir()
+    found = [Run(path) for path in folder.glob("*/") if (path / "spec.yaml").exists() and not path.name.startswith(".")]
+    return sorted(found, key=lambda run: run.id, reverse=True)
+
+
+class Run:
+    """One run, live or finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.spec = RunSpec.from_yaml(self.path / "spec.yaml")
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._exception: BaseException | None = None
+
+    @classmethod
+    def open(cls, id_or_path: str | Path, *, runs_dir: str | Path | None = None) -> Run:
+        """A run by its folder, its id, or an unambiguous end of its id ("amber-heron")."""
+        path = Path(id_or_path)
+        if (path / "spec.yaml").exists():
+            return cls(path)
+        folder = Path(runs_dir) if runs_dir is not None else default_runs_dir()
+        known = runs(folder)
+        matches = [run for run in known if run.id == str(id_or_path)] or [
+            run for run in known if run.id.endswith(str(id_or_path))
+        ]
+        if len(matches) == 1:
+            return matches[0]
+        raise RunError(
+            f"There is {'no' if not matches else 'more than one'} run {str(id_or_path)!r} in {folder}",
+            "Known runs: " + (", ".join(run.id for run in matches or known[:5]) or "none"),
+            "`nbtune runs` lists them; --runs-dir or NBTUNE_RUNS names another folder.",
+        )
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r}, {self.status}, {self.progress().message})"
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def status(self) -> Status:
+        if self._thread is not None and self._thread.is_alive():
+            return "running"
+        events = read_events(self.path)
+        if events and events[-1]["type"] == "end":
+            return events[-1]["status"]
+        if self._exception is not None:
+            return "failed"
+        if self._is_locked():  # by another process
+            return "running"
+        return "interrupted" if events else "created"
+
+    @property
+    def error(self) -> str | None:
+        """Why the run failed, in words for a person; None where it did not."""
+        if self._exception is not None:
+            return str(self._exception)
+        ends = [event for event in self.events() if event["type"] == "end"]
+        return ends[-1].get("error") if ends else None
+
+    def events(self) -> list[Event]:
+        """What happened so far; see docs/architecture.md for the fields."""
+        return read_events(self.path)
+
+    def progress(self) -> Progress:
+        """Step, total, time left and what is being done now."""
+        events = self.events()
+        starts = [event for event in events if event["type"] == "start"]
+        steps = [event for event in events if event["type"] == "train"]
+        total = starts[-1]["total_steps"] if starts else None
+        step = steps[-1]["step"] if steps else 0
+        recent = steps[-20:]
+        pace = sum(event["tokens"] / event["tokens_per_second"] for event in recent) / len(recent) if recent else None
+        status = self.status
+        left = (total - step) * pace if status == "running" and total is not None and pace is not None else None
+        return Progress(step, total, left, recent[-1]["tokens_per_second"] if recent else None, _message(status, events))
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of `log.txt`."""
+        path = self.path / "log.txt"
+        return "\n".join(path.read_text(encoding="utf-8").splitlines()[-lines:]) if path.exists() else ""
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to, as in `summary.json`; made from the events so far while it is not there yet."""
+        path = self.path / "summary.json"
+        if path.exists() and self.status != "running":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return summarise(self.id, self.spec, self.events(), self.status)
+
+    @property
+    def adapter_path(self) -> Path:
+        """The folder of the trained adapter. Raises RunError where there is none (yet)."""
+        path = self.path / "adapter"
+        if path.exists():
+            return path
+        if self.spec.method == "full":
+            raise RunError(f"{self.id} has no adapter", "It trained every weight (method='full').", "Use `model_path`.")
+        raise RunError(f"{self.id} has no adapter yet", f"It is {self.status}.", "Wait for it, or resume it.")
+
+    def stop(self) -> None:
+        """Ask the run to end after the step in progress. Its checkpoint and adapter are kept; `resume` goes on."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Block until the run ends; re-raise what its thread raised.
+
+        Raises TimeoutError after `timeout` seconds; the run goes on.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.id} is still running after {timeout} s")
+        if self._exception is not None:
+            raise self._exception
+        if self.status == "failed":
+            raise RunError(f"{self.id} failed", self.error or "", f"The log is {self.path / 'log.txt'}.")
+        return self
+
+    def resume(self) -> Run:
+        """Go on from the last checkpoint, in a daemon thread of this process. A finished run stays as it is."""
+        if self.status == "running":
+            if self._thread is None:
+                raise RunError(f"{self.id} is running in another process", "", "Stop it there, or wait for it.")
+            if not self._stop.is_set():
+                return self
+            self._thread.join()  # it is on its way out
+        if self.status != "finished":
+            self._exception = None
+            self._stop.clear()
+            self._start()
+        return self
+
+    def watch(self) -> Run:
+        """Show live charts (a progress line in a terminal) and block until the run ends; re-raise its failure.
+
+        An interrupt (the square button, Ctrl-C) stops the run after its step.
+        """
+        from nbtune_widgets import watch
+
+        watch(self)
+        return self.wait()
+
+    async def watch_async(self) -> Run:
+        """As `watch`, but awaited: the notebook's buttons work while the cell runs."""
+        from nbtune_widgets import watch_async
+
+        await watch_async(self)
+        return self.wait()
+
+    def show(self) -> None:
+        """Show live charts that follow the run from a thread, and return at once."""
+        from nbtune_widgets import show
+
+        show(self)
+
+    @classmethod
+    def _create(cls, spec: RunSpec, runs_dir: Path, run_id: str) -> Run:
+        path = runs_dir / run_id
+        with _files.atomic_folder(path) as folder:
+            values = spec.to_dict()
+            if spec.data.rows is not None:
+                rows = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in spec.data.rows)
+                (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+                values["data"]["source"] = str(path / "rows.jsonl")
+            for part, key in (("data", "source"), ("model", "name")):
+                if Path(values[part][key]).exists():  # so that a resume from another folder finds it
+                    values[part][key] = str(Path(values[part][key]).resolve())
+            (folder / "spec.yaml").write_text(
+                yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+        return cls(path)
+
+    def _start(self) -> None:
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{self.id} is running in another process", "", "Stop it there, or wait for it.") from error
+        self._thread = threading.Thread(target=self._live, args=(lock,), name=f"nbtune-{self.id}", daemon=True)
+        self._thread.start()
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.path / ".lock", thread_local=False)
+
+    def _is_locked(self) -> bool:
+        try:
+            with self._lock().acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _live(self, lock: FileLock) -> None:
+        """The body of the run's thread."""
+        events = EventLog(self.path)
+        log = (self.path / "log.txt").open("a", encoding="utf-8", buffering=1)
+
+        def on_event(event: Event) -> None:
+            log.write(_log_line(events.append(event)) + "\n")
+
+        try:
+            from nbtune.train.session import train_in_folder
+
+            train_in_folder(self.path, self.spec, on_event=on_event, should_stop=self._stop.is_set)
+        except BaseException as error:  # noqa: BLE001 - kept, shown, and raised again by wait()
+            text = str(error) or type(error).__name__
+            log.write("".join(traceback.format_exception(error)))
+            on_event({"type": "end", "step": _last_step(self.events()), "status": "failed", "error": text})
+            # A live traceback would keep the model's tensors in memory; its text is in the log.
+            self._exception = _without_frames(error)
+        finally:
+            events.close()
+            log.close()
+            self._finish(lock)
+
+    def _finish(self, lock: FileLock) -> None:
+        from nbtune.train.session import release_memory
+
+        release_memory()
+        status = self.events()[-1].get("status", "failed")
+        summary = summarise(self.id, self.spec, self.events(), status)
+        _files.write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        lock.release()
+
+
+def summarise(run_id: str, spec: RunSpec, events: list[Event], status: str) -> dict[str, Any]:
+    """The figures of a run from its events. Losses are nats per labelled token; memory is bytes."""
+    start = next((event for event in reversed(events) if event["type"] == "start"), {})
+    steps = [event for event in events if event["type"] == "train"]
+    evals = [event for event in events if event["type"] == "eval"]
+    ends = [event for event in events if event["type"] == "end"]
+    tokens = sum(event["tokens"] for event in steps)
+    seconds = sum(event["tokens"] / event["tokens_per_second"] for event in steps)
+    return {
+        "id": run_id,
+        "status": status,
+        "error": ends[-1].get("error") if ends else None,
+        "model": spec.model.name,
+        "data": spec.data.source,
+        "method": spec.method_name,
+        "steps": steps[-1]["step"] if steps else 0,
+        "total_steps": start.get("total_steps"),
+        "train_loss": steps[-1]["loss"] if steps else None,
+        "eval_loss_before": evals[0]["eval_loss"] if evals else None,
+        "eval_loss_after": evals[-1]["eval_loss"] if evals else None,
+        "train_tokens": tokens,
+        "train_seconds": seconds,
+        "train_tokens_per_second": tokens / seconds if seconds else None,
+        "planned_peak_bytes": start.get("planned_peak_bytes"),
+        "measured_peak_bytes": max((event["peak_memory_bytes"] for event in steps), default=None),
+        "trainable_parameters": start.get("trainable_parameters"),
+        "total_parameters": start.get("total_parameters"),
+        "started": events[0]["time"] if events else None,
+        "ended": ends[-1]["time"] if ends else None,
+    }
+
+
+def _message(status: Status, events: list[Event]) -> str:
+    """What to say of a run in one line."""
+    last = events[-1] if events else None
+    if status == "failed" and last is not None:
+        return f"failed: {(last.get('error') or '').splitlines()[0] if last.get('error') else 'see the log'}"
+    if status == "running" and last is not None and last["type"] == "status":
+        return last["message"]
+    return status
+
+
+def _log_line(event: Event) -> str:
+    """An event as a line of `log.txt`."""
+    clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    fields = {key: value for key, value in event.items() if key not in ("time", "type")}
+    if event["type"] in ("status", "warning"):
+        return f"{clock} {'warning: ' if event['type'] == 'warning' else ''}{event['message']}"
+    shown = "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+    return f"{clock} {event['type']}: {shown}"
+
+
+def _last_step(events: list[Event]) -> int:
+    return max((event["step"] for event in events if event["type"] == "train"), default=0)
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error and its causes without the frames that hold tensors."""
+    for part in (error, error.__cause__, error.__context__):
+        if part is not None:
+            part.__traceback__ = None
+    return error

@@ -1,0 +1,161 @@
+"""One life of a run: read the data, load the model, attach the adapter, train, write what came out.
+
+Called in the run's thread, once for a new run and once for each resume.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from nbtune import _files
+from nbtune.data import Batches, Dataset, load_examples
+from nbtune.data.packing import eval_batches
+from nbtune.models import LoadedModel, default_device, load
+from nbtune.peft import PeftModel, get_peft_model
+from nbtune.plan import plan
+from nbtune.spec import RunSpec
+from nbtune.train import checkpoint
+from nbtune.train.events import Event, read_events
+from nbtune.train.loop import Outcome, Schedule, train
+from nbtune.train.loss import CausalLMLoss
+from nbtune.train.memory import PeakMemory, release
+from nbtune.train.tracking import MlflowFollower
+
+
+def train_in_folder(
+    path: Path, spec: RunSpec, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+) -> None:
+    """Train `spec` in the run folder `path`, from its last checkpoint if it has one, and report to `on_event`.
+
+    Raises whatever goes wrong. MLflow is told about the end in any case.
+    """
+    with _followed_by_mlflow(path, spec, on_event):
+        with PeakMemory(default_device()) as memory:
+            outcome = _train(path, spec, memory, on_event, should_stop)
+        on_event({"type": "end", "step": outcome.step, "status": "stopped" if outcome.stopped else "finished"})
+
+
+def _train(
+    path: Path,
+    spec: RunSpec,
+    memory: PeakMemory,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> Outcome:
+    checkpoints = path / "checkpoints"
+    if any(event["type"] == "start" for event in read_events(path)):
+        saved = checkpoint.checkpoints(checkpoints)
+        on_event({"type": "resume", "step": checkpoint.step_of(saved[-1]) if saved else 0})
+
+    def on_status(message: str) -> None:
+        on_event({"type": "status", "message": message})
+
+    on_status("loading the model")
+    loaded = load(_model_spec(spec), for_training=True, on_status=on_status)
+    on_status("reading the data")
+    dataset = load_examples(spec.data, loaded.tokenizer, spec.training.max_length, on_status=on_status)
+    for reason, count in dataset.dropped.items():
+        on_event({"type": "warning", "message": f"{count} rows were left out: {reason}"})
+
+    adapted = _attach(loaded.model, spec)
+    training = spec.training
+    batches = Batches(
+        dataset.train,
+        batch_size=training.per_device_train_batch_size,
+        max_length=training.max_length,
+        packing=training.packing,
+        seed=training.seed,
+    )
+    on_event(_start_event(spec, loaded, dataset, Schedule(batches, training)))
+    outcome = train(
+        CausalLMLoss(loaded.model),
+        batches,
+        eval_batches(dataset.eval, training.per_device_train_batch_size * training.max_length),
+        training,
+        checkpoints=checkpoints,
+        compute_dtype=loaded.compute_dtype,
+        memory=memory,
+        on_event=on_event,
+        should_stop=should_stop,
+    )
+    on_status("writing the adapter" if adapted is not None else "writing the model")
+    _write_result(path, loaded, adapted)
+    return outcome
+
+
+def _model_spec(spec: RunSpec):  # noqa: ANN202 - ModelSpec
+    """The model as it is trained: with every weight trained, the weights are fp32 and the forward pass is cast."""
+    if spec.method == "full" and spec.model.dtype == "auto":
+        return spec.model.model_copy(update={"dtype": "float32"})
+    return spec.model
+
+
+def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:
+    """The adapter on `model`, with first weights that the seed fixes; None where every weight is trained."""
+    if spec.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.method == "full":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.training.seed)
+        return get_peft_model(model, spec.method)
+
+
+def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule: Schedule) -> Event:
+    parameters = list(loaded.model.parameters())
+    return {
+        "type": "start",
+        "step": 0,
+        "total_steps": schedule.total_steps,
+        "model": spec.model.name,
+        "method": spec.method_name,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "planned_peak_bytes": plan(spec).peak_bytes,
+        "device": str(loaded.device),
+        "dtype": str(loaded.compute_dtype).removeprefix("torch."),
+        "train_examples": len(dataset.train),
+        "eval_examples": len(dataset.eval),
+        "data_fingerprint": dataset.fingerprint,
+    }
+
+
+def _write_result(path: Path, loaded: LoadedModel, adapted: PeftModel | None) -> None:
+    """Write `adapter/`, or `model/` after full fine-tuning, in place of what an earlier life of the run left there."""
+    target = path / ("adapter" if adapted is not None else "model")
+    new, old = path / f".{target.name}.new", path / f".{target.name}.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _files.atomic_folder(new) as folder:
+        if adapted is not None:
+            adapted.save_pretrained(folder)
+        else:
+            loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _followed_by_mlflow(path: Path, spec: RunSpec, on_event: Callable[[Event], None]) -> Iterator[None]:
+    if not spec.tracking.mlflow:
+        yield
+        return
+    follower = MlflowFollower(path, spec, on_warning=lambda message: on_event({"type": "warning", "message": message}))
+    try:
+        yield
+    finally:
+        follower.close()
+
+
+def release_memory() -> None:
+    """Give the memory of a finished life back to the system."""
+    release(default_device())
