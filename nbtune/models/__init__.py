@@ -1,0 +1,25 @@
+"""Base models: where their weights are, what they look like inside, and loading them for this machine.
+
+info = describe(ModelSpec(name="smollm2-135m-instruct"))   # no weights are read
+loaded = load(ModelSpec(name="smollm2-135m-instruct"), for_training=True)
+loaded.model, loaded.tokenizer
+"""
+
+from nbtune.models.info import ModelInfo, ModuleInfo, describe
+from nbtune.models.loader import LoadedModel, load, load_tokenizer
+from nbtune.models.machine import available_memory, compute_dtype, default_device
+from nbtune.models.source import Source, resolve
+
+__all__ = [
+    "LoadedModel",
+    "ModelInfo",
+    "ModuleInfo",
+    "Source",
+    "available_memory",
+    "compute_dtype",
+    "default_device",
+    "describe",
+    "load",
+    "load_tokenizer",
+    "resolve",
+]

@@ -1,0 +1,163 @@
+"""Load a base model and its tokenizer for this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbtune.errors import ModelError
+from nbtune.models import weights
+from nbtune.models.machine import available_memory, compute_dtype, default_device
+from nbtune.models.source import OnStatus, Source, fetch, ignore_status, resolve
+from nbtune.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A base model in memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(
+    spec: ModelSpec,
+    *,
+    device: str | torch.device | None = None,
+    for_training: bool = False,
+    on_status: OnStatus = ignore_status,
+) -> LoadedModel:
+    """Read the weights into memory, in the precision `spec` and the machine call for.
+
+    `for_training` turns the key/value cache off and gives the model nbtune's attention over packed rows.
+    Raises ModelError where the model is missing, damaged, too large for the memory or of an unsupported kind.
+    """
+    import torch
+
+    source = resolve(spec)
+    folder = fetch(source, on_status)
+    weights.check(folder)
+    device = default_device() if device is None else torch.device(device)
+    dtype = compute_dtype(spec.dtype, device)
+    _check_memory(source, folder, dtype, device)
+
+    on_status(f"Loading {source.name}")
+    tokenizer = _read_tokenizer(source, folder, spec)
+    model = _read_model(source, folder, spec, dtype, device)
+    if for_training:
+        _prepare_for_training(model)
+    return LoadedModel(model, tokenizer, source, dtype, device)
+
+
+def load_tokenizer(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises ModelError as `load` does."""
+    source = resolve(spec)
+    return _read_tokenizer(source, fetch(source, on_status, weights=False), spec)
+
+
+def _read_tokenizer(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with clear_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_model(
+    source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with clear_errors(source), _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    # An adapter saved from this model names its base by this; the cache folder would mean nothing elsewhere.
+    model.config._name_or_path = source.origin
+    model.name_or_path = source.origin
+    return model
+
+
+def _prepare_for_training(model: PreTrainedModel) -> None:
+    from nbtune.kernels import attention
+
+    attention.register()
+    model.config.use_cache = False
+    model.set_attn_implementation(attention.NAME)
+    # transformers only logs a warning for a model whose attention cannot be chosen, and leaves it as it was.
+    if model.config._attn_implementation != attention.NAME:
+        raise ModelError(
+            "This architecture cannot be trained",
+            f"{type(model).__name__} does not let its attention be chosen (transformers' attention interface),"
+            " so packed examples would see each other.",
+            "Choose a model whose code is part of transformers.",
+        )
+
+
+def _check_memory(source: Source, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    needed = weights.memory(folder, dtype.itemsize)
+    free = available_memory(device)
+    if needed > free:
+        raise ModelError(
+            f"Not enough memory for {source.name}",
+            f"Its weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')};"
+            f" {free / 1e9:.1f} GB is free on {device}.",
+            "Close other programs and notebooks, or choose a smaller model"
+            + (" or dtype bfloat16." if dtype.itemsize > 2 else "."),
+        )
+
+
+@contextmanager
+def clear_errors(source: Source) -> Iterator[None]:
+    """Turn what transformers raises for a folder it cannot use into a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"The model {source.name} brings its own code",
+                "Loading it would run Python files that come with the weights.",
+                "Read them; if you trust their author, set model.trust_remote_code to true.",
+            ) from error
+        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise ModelError(
+            f"The model {source.name} cannot be loaded",
+            first,
+            "It must be a causal language model that this version of transformers knows.",
+        ) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
