@@ -1,0 +1,95 @@
+"""One look for everything that nbtune shows: a scoped style block and a few pieces of HTML.
+
+Colours are JupyterLab's CSS variables with fallbacks, so that a dark theme, Notebook 7, VS Code and Colab fit too.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+import ipywidgets as widgets
+
+CSS = """
+.nbtune{--nt-ink:var(--jp-ui-font-color1,var(--vscode-foreground,#1f2933));
+ --nt-soft:var(--jp-ui-font-color2,var(--vscode-descriptionForeground,#667085));
+ --nt-line:var(--jp-border-color2,var(--vscode-widget-border,#dfe3ea));
+ --nt-card:var(--jp-layout-color1,var(--vscode-editor-background,#fff));
+ --nt-wash:var(--jp-layout-color2,var(--vscode-editorWidget-background,#f3f5f8));
+ --nt-blue:#4878d8;--nt-tint:rgba(72,120,216,.16);--nt-green:#2f9461;--nt-amber:#d08a1a;--nt-red:#d9534f;
+ color:var(--nt-ink);font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif)}
+.nbtune,.nbtune .widget-html-content,.nbtune .jupyter-widget-html-content{line-height:1.45}
+.nbtune.nt-card{border:1px solid var(--nt-line);border-radius:10px;background:var(--nt-card);padding:14px 18px;
+ margin:4px 2px;overflow:hidden}
+.nbtune .nt-name{font-size:15px;font-weight:600;color:var(--nt-ink)}
+.nbtune .nt-row{display:flex;align-items:center;flex-wrap:wrap;gap:2px 10px}
+.nbtune .nt-controls{gap:2px 14px}
+.nbtune .nt-soft{color:var(--nt-soft)} .nbtune .nt-small{font-size:12px}
+.nbtune .nt-b{font-weight:600;color:var(--nt-ink)}
+.nbtune .nt-chip{display:inline-block;border:1px solid var(--nt-line);border-radius:12px;padding:1px 10px;
+ color:var(--nt-soft);font-size:12px;white-space:nowrap;max-width:100%;overflow:hidden;text-overflow:ellipsis}
+.nbtune .nt-right{text-align:right}
+.nbtune .nt-problem{border-left:3px solid var(--nt-amber);background:rgba(208,138,26,.10);padding:7px 12px;
+ border-radius:4px;margin:3px 0;overflow-wrap:anywhere}
+.nbtune .nt-problem.nt-error{border-color:var(--nt-red);background:rgba(217,83,79,.10)}
+.nbtune .nt-problem.nt-info{border-color:var(--nt-blue);background:var(--nt-tint)}
+.nbtune pre{margin:4px 0;padding:10px 12px;border:1px solid var(--nt-line);border-radius:8px;background:var(--nt-wash);
+ color:var(--nt-ink);font:12px/1.5 var(--jp-code-font-family,ui-monospace,monospace);white-space:pre-wrap;
+ overflow-wrap:anywhere;max-height:260px;overflow-y:auto}
+.nbtune button.jupyter-button{border:1px solid var(--nt-line);border-radius:7px;background:var(--nt-card);
+ color:var(--nt-ink);height:30px;line-height:28px;padding:0 14px;width:auto;box-shadow:none;font-size:13px}
+.nbtune button.jupyter-button:hover:enabled{border-color:var(--nt-blue)}
+.nbtune button.jupyter-button:focus-visible,.nbtune input:focus-visible,.nbtune select:focus-visible{
+ outline:2px solid var(--nt-blue);outline-offset:1px}
+.nbtune button.jupyter-button:disabled{opacity:.45}
+.nbtune button.jupyter-button.nt-primary{background:var(--nt-blue);border-color:var(--nt-blue);color:#fff;
+ font-weight:600}
+.nbtune button.jupyter-button.nt-link{border-color:transparent;background:transparent;color:var(--nt-soft);
+ font-size:12px;padding:0 6px}
+.nbtune button.jupyter-button.nt-link.mod-active{color:var(--nt-blue)}
+.nbtune .nt-bar .progress,.nbtune.nt-bar .progress{border:0;border-radius:4px;height:8px;background:var(--nt-wash)}
+.nbtune .nt-bar .progress-bar{background:var(--nt-blue);border-radius:4px;transition:width .3s}
+.nbtune .widget-label,.nbtune .widget-checkbox label,.nbtune .jupyter-widget-label{color:var(--nt-soft);font-size:12px}
+.nbtune .widget-checkbox label,.nbtune .jupyter-widget-checkbox label{display:flex;align-items:center;gap:5px}
+.nbtune .widget-checkbox input{margin:0}
+.nbtune select,.nbtune input[type=text],.nbtune textarea{color:var(--nt-ink)!important;
+ background-color:var(--nt-card)!important;border:1px solid var(--nt-line)!important;border-radius:6px;font-size:13px}
+.nbtune select{appearance:none;padding:0 22px 0 8px;background-image:linear-gradient(45deg,transparent 50%,
+ var(--nt-soft) 50%),linear-gradient(135deg,var(--nt-soft) 50%,transparent 50%)!important;
+ background-position:right 12px center,right 8px center!important;background-size:4px 4px!important;
+ background-repeat:no-repeat!important}
+.nbtune .widget-readout,.nbtune .jupyter-widget-readout{min-width:32px;width:32px}
+.nbtune .widget-readout,.nbtune .jupyter-widget-readout{color:var(--nt-soft);font-size:12px}
+"""
+
+
+def style() -> widgets.HTML:
+    """The style block as a widget that takes no room."""
+    return widgets.HTML(f"<style>{CSS}</style>", layout=widgets.Layout(display="none"))
+
+
+def chip(text: str) -> str:
+    return f'<span class="nt-chip">{escape(text)}</span>' if text else ""
+
+
+def notice(text: str, kind: str = "") -> str:
+    """Lines of text in a box with a coloured edge: amber for a warning, `error` red, `info` blue. First line bold."""
+    if not text:
+        return ""
+    first, *rest = text.strip().splitlines() or [""]
+    lines = "".join(f"<div>{escape(line)}</div>" for line in rest if line.strip())
+    return f'<div class="nt-problem nt-{kind}" role="status"><span class="nt-b">{escape(first)}</span>{lines}</div>'
+
+
+def duration(seconds: float) -> str:
+    """48 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB of 10^9, or MB below a tenth of that."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,367 @@
+"""The live view of a run: progress, charts, Stop and Resume, and what stays in the notebook when it ends.
+
+    view = LiveView(run)
+    view.show(); view.pump()          # blocks; papermill, Colab, a cell that should end with the run
+    view.show(); view.start()         # returns; a daemon thread draws, the Stop button works, other cells run
+    view.show(); await view.pump_async()   # blocks the cell, yet the Stop button works (ipykernel >= 7.4)
+
+Whoever drives is the only one that writes to the widgets. Callbacks put a word on a queue and nothing else: depending
+on the kernel they run on the main thread, or on a foreign thread with another event loop. The charts are assigned to
+`Output.outputs`, which the screen follows; what is kept in the notebook goes through a display handle, which the saved
+file follows. Widget state itself is not saved by JupyterLab.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from html import escape
+from pathlib import Path
+from typing import Any, Protocol
+
+import ipywidgets as widgets
+from IPython.display import DisplayHandle, display
+
+from nbtune.errors import NbtuneError
+from nbtune.spec import RunSpec
+from nbtune_widgets import _summary, charts
+from nbtune_widgets._style import chip, duration, notice, style
+
+LOG_LINES = 14
+PUSH_SECONDS = 1.0  # a push redraws the charts and loses a zoom, so it comes at most this often
+IDLE_SECONDS = 2.0  # how often an ended run is looked at, in case code resumes it
+
+
+class Progress(Protocol):
+    @property
+    def step(self) -> int: ...
+    @property
+    def total_steps(self) -> int | None: ...  # None until the data is read
+    @property
+    def eta_seconds(self) -> float | None: ...
+    @property
+    def tokens_per_second(self) -> float | None: ...
+    @property
+    def message(self) -> str: ...
+
+
+class LiveRun(Protocol):
+    """What a view needs of a run."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def spec(self) -> RunSpec: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def error(self) -> str | None: ...
+    def events(self) -> list[dict[str, Any]]: ...
+    def progress(self) -> Progress: ...
+    def log_tail(self, n: int) -> str: ...
+    def summary(self) -> dict[str, Any]: ...
+    def stop(self) -> Any: ...
+    def resume(self) -> Any: ...
+
+
+def alive(run: LiveRun) -> bool:
+    return run.status in ("created", "running")
+
+
+def progress_line(progress: Progress) -> str:
+    """As in `step 60 of 100 · 812 tokens/s · 48 s left`; before the first step, what is being done."""
+    if not progress.step:
+        return progress.message or "starting"
+    parts = [_steps(progress)]
+    if progress.tokens_per_second:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.eta_seconds:
+        parts.append(f"{duration(progress.eta_seconds)} left")
+    return " · ".join(parts)
+
+
+def done(progress: Progress) -> float:
+    """The share of the steps that is done, 0 to 1."""
+    return progress.step / progress.total_steps if progress.total_steps else 0.0
+
+
+def _steps(progress: Progress) -> str:
+    return f"step {progress.step} of {progress.total_steps or '?'}"
+
+
+class LiveView:
+    """Shows one run. `widget` is the box to place; `show()` displays it in the current cell, with room for the result.
+
+    Args:
+        run: The run; see `LiveRun` for what is asked of it.
+        interval: Seconds between two looks at the run.
+    """
+
+    def __init__(self, run: LiveRun, interval: float = 0.5) -> None:
+        self.run = run
+        self.interval = interval
+        self.error: str | None = None  # what went wrong in the view itself, not in the run
+        self.pushes = 0
+        self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._leave = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._kept: list[DisplayHandle] = []
+        self._blocking = False
+        self._drawn: tuple[Any, ...] = ()
+        self._pushed_at = 0.0
+        self._settled = False
+        self._build()
+
+    # -- what is on the screen ---------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        name = (
+            f'<div class="nt-row"><span class="nt-name">{self.run.id}</span>{chip(_summary.title(self.run.spec))}</div>'
+        )
+        grow = widgets.Layout(flex="1 1 auto", min_width="0")
+        self.header = widgets.HTML(name, layout=grow)
+        self.status = widgets.HTML(layout=widgets.Layout(flex="0 1 auto", margin="0 0 0 auto"))
+        self.stop_button = widgets.Button(description="Stop", tooltip="Stop after this step; the run can be resumed")
+        self.resume_button = widgets.Button(description="Resume", tooltip="Go on from the last checkpoint")
+        self.bar = widgets.FloatProgress(
+            min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="8px 0 4px")
+        )
+        self.bar.add_class("nt-bar")
+        self.notice = widgets.HTML(layout=widgets.Layout(display="none"))
+        self.charts = widgets.Output(layout=widgets.Layout(width="100%"))
+        narrow = {"description_width": "initial"}
+        self.window = widgets.Dropdown(
+            options=[("all steps", None), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
+            description="window", style=narrow, layout=widgets.Layout(width="150px"))  # fmt: skip
+        self.smoothing = widgets.FloatSlider(
+            value=charts.View.smoothing, min=0, max=0.99, step=0.01, description="smoothing", continuous_update=False,
+            style=narrow, layout=widgets.Layout(width="190px"))  # fmt: skip
+        self.log_scale, self.freeze = (_check_box(name) for name in ("log scale", "freeze"))
+        self.freeze.tooltip = "Keep the charts still, to zoom and to read"
+        self.log_toggle = widgets.ToggleButton(description="▸ log", tooltip="The last lines of the run's log")
+        self.spec_toggle = widgets.ToggleButton(description="▸ settings", tooltip="Exactly what this run was told")
+        for toggle in (self.log_toggle, self.spec_toggle):
+            toggle.add_class("nt-link")
+        hidden = widgets.Layout(display="none")
+        self.log, self.settings = widgets.HTML(layout=hidden), widgets.HTML(layout=widgets.Layout(display="none"))
+        row = widgets.Layout(align_items="center", width="100%", flex_flow="row wrap")
+        self.controls = widgets.HBox(
+            [self.window, self.smoothing, self.log_scale, self.freeze, widgets.HBox(layout=grow), self.log_toggle,
+             self.spec_toggle], layout=row)  # fmt: skip
+        self.controls.add_class("nt-controls")
+        top = widgets.HBox([self.header, self.status, self.stop_button, self.resume_button], layout=row)
+        self.widget = widgets.VBox(
+            [style(), top, self.bar, self.notice, self.charts, self.controls, self.log, self.settings]
+        )
+        for name in ("nbtune", "nt-card"):
+            self.widget.add_class(name)
+        self.stop_button.on_click(lambda _: self._tell("stop"))
+        self.resume_button.on_click(lambda _: self._tell("resume"))
+        for control in (self.window, self.smoothing, self.log_scale, self.freeze, self.log_toggle, self.spec_toggle):
+            control.observe(lambda _: self._tell("look"), names="value")
+        self._refresh()
+
+    def show(self) -> None:
+        """Display the view in this cell, and under it two plain outputs that become the final charts and the table."""
+        display(self.widget)
+        self.keep_here()
+
+    def keep_here(self) -> None:
+        """Display the places, in this cell, where the finished charts and the table will stay."""
+        self._kept = [handle for place in self._waiting() if (handle := display(place, raw=True, display_id=True))]
+        self._settled = False
+
+    def _waiting(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What stands in the two places while the run goes on: html, never a figure beside the live one."""
+        text = f"{self.run.id}: the finished charts will be kept here."
+        return {"text/html": _quiet(text), "text/plain": text}, {"text/html": "", "text/plain": ""}
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
+    @property
+    def view(self) -> charts.View:
+        """What the view controls say."""
+        return charts.View(self.window.value, self.log_scale.value, self.smoothing.value)
+
+    # -- who drives --------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Draw from this thread until the run ends. An interrupt of the kernel stops the run, a second one leaves."""
+        self._take_over()
+        self._blocking = True
+        stopping = False
+        try:
+            while True:
+                try:
+                    if self._step():
+                        return
+                    self._wake.wait(self.interval)
+                    self._wake.clear()
+                except KeyboardInterrupt:
+                    if stopping:
+                        raise
+                    stopping = True
+                    self._tell("stop")
+        finally:
+            self._blocking = False
+
+    async def pump_async(self) -> None:
+        """As `pump`, but awaits between two looks, so that the kernel handles the buttons meanwhile."""
+        self._take_over()
+        self._blocking = True
+        try:
+            while not self._step():
+                await asyncio.sleep(self.interval)
+        finally:
+            self._blocking = False
+
+    def start(self) -> LiveView:
+        """Draw from a daemon thread, until `close()`; returns at once."""
+        if self._thread is None or not self._thread.is_alive():
+            self._leave.clear()
+            self._thread = threading.Thread(target=self._follow, name=f"nbtune-view-{self.run.id}", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop drawing and give the widgets back. The run goes on; what was kept in the notebook stays."""
+        self._take_over()
+        for widget in _family(self.widget):
+            widget.close()
+
+    def _follow(self) -> None:
+        """The updater thread."""
+        try:
+            while not self._leave.is_set():
+                ended = self._step()
+                self._wake.wait(IDLE_SECONDS if ended else self.interval)
+                self._wake.clear()
+        except Exception as error:  # noqa: BLE001 - a thread's exception is seen by nobody: keep it and show it
+            self.error = f"{type(error).__name__}: {error}"
+            self._say(f"The view of this run failed; the run itself is not touched.\n{self.error}", "error")
+
+    def _take_over(self) -> None:
+        """Make this thread the one that writes: end the updater thread and wait for it."""
+        self._leave.set()
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+        self._wake.clear()
+
+    def _tell(self, command: str) -> None:
+        """All that a callback does. Where nobody drives any more (a cell that pumped has ended) a thread takes over."""
+        self._commands.put(command)
+        self._wake.set()
+        if not self._blocking:
+            self.start()
+
+    # -- one look ----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """Obey, draw, and say whether the run has ended."""
+        asked = False
+        while not self._commands.empty():
+            self._obey(self._commands.get())
+            asked = True
+        ended = not alive(self.run)  # read before the events, so that an end seen here has all its events below
+        self._refresh()
+        self._draw(asked, ended)
+        return ended
+
+    def _obey(self, command: str) -> None:
+        try:
+            if command == "stop" and alive(self.run):
+                self.run.stop()
+                self._say("Stopping after this step …", "info")
+            elif command == "resume" and not alive(self.run):
+                self.run.resume()
+                self._say("")
+        except NbtuneError as error:
+            self._say(str(error), "error")
+
+    def _refresh(self) -> None:
+        """Everything but the charts. Setting a trait to what it is sends nothing, so this costs little."""
+        status, progress = self.run.status, self.run.progress()
+        running = alive(self.run)
+        text = progress_line(progress) if running else f"{status} · {_steps(progress)}"
+        self.status.value = f'<span class="nt-soft" style="margin:0 12px;white-space:nowrap">{text}</span>'
+        self.bar.value = done(progress)
+        self.stop_button.layout.display = None if running else "none"
+        self.freeze.layout.display = None if running else "none"
+        self.resume_button.layout.display = None if status in ("stopped", "failed", "interrupted") else "none"
+        if status == "failed":
+            self._say(f"The run failed: {self.run.error or 'no reason was written'}", "error")
+        elif status == "interrupted":
+            self._say(
+                "The run was interrupted: its process ended before it did.\nResume goes on from the last checkpoint."
+            )
+        elif not running:
+            self._say("")
+        _open(self.log, self.log_toggle, "log", lambda: self.run.log_tail(LOG_LINES) or "nothing yet")
+        _open(self.settings, self.spec_toggle, "settings", self.run.spec.to_yaml)
+
+    def _draw(self, asked: bool, ended: bool) -> None:
+        if ended and self._kept:
+            if asked or not self._settled:
+                self._settle()
+            return
+        if self._settled:  # resumed, by the button or by code
+            for place, content in zip(self._kept, self._waiting(), strict=True):
+                place.update(content, raw=True)
+            self._settled = False
+        events = self.run.events()
+        drawn = (len(events), events[-1].get("time") if events else None, self.view)
+        due = asked or ended or time.monotonic() - self._pushed_at >= PUSH_SECONDS
+        if drawn == self._drawn or not due or not any(event["type"] in ("train", "eval") for event in events):
+            return
+        if self.freeze.value and self._drawn and not ended:
+            return
+        data = charts.bundle(events, self.view)
+        self.charts.layout.min_height = (
+            f"{charts.HEIGHT + 4}px"  # the old chart goes as the new one comes: hold the place
+        )
+        self.charts.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+        self._drawn, self._pushed_at = drawn, time.monotonic()
+        self.pushes += 1
+
+    def _settle(self) -> None:
+        """Put the final charts and the table where they are saved, and fold the live charts away."""
+        place, table = self._kept
+        # A renderer that already drew a figure ignores an update: through html, it is made anew.
+        place.update({"text/html": "", "text/plain": ""}, raw=True)
+        place.update(charts.bundle(self.run.events(), self.view), raw=True)
+        table.update(_summary.bundle(self.run), raw=True)
+        self.charts.layout.min_height = "0"
+        self.charts.outputs = ()
+        self._drawn, self._settled = (), True
+
+    def _say(self, text: str, kind: str = "") -> None:
+        self.notice.value = notice(text, kind)
+        self.notice.layout.display = None if text else "none"
+
+
+def _check_box(name: str) -> widgets.Checkbox:
+    return widgets.Checkbox(description=name, indent=False, layout=widgets.Layout(width="auto", margin="2px"))
+
+
+def _open(place: widgets.HTML, toggle: widgets.ToggleButton, name: str, text: Any) -> None:
+    place.layout.display = None if toggle.value else "none"
+    toggle.description = f"{'▾' if toggle.value else '▸'} {name}"
+    if toggle.value:
+        place.value = f"<pre>{escape(text())}</pre>"
+
+
+def _quiet(text: str) -> str:
+    return f'<div style="opacity:.55;font-size:12px;margin:2px 6px">{text}</div>'
+
+
+def _family(widget: widgets.Widget) -> list[widgets.Widget]:
+    children = widget.children if isinstance(widget, widgets.Box) else ()
+    return [member for child in children for member in _family(child)] + [widget]
