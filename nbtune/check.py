@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nbtune.errors import NbtuneError, RunError
-from nbtune.plan import available_bytes, format_bytes, plan
+from nbtune.errors import AdapterError, NbtuneError, RunError
+from nbtune.plan import format_bytes, plan
 from nbtune.spec import RunSpec
 
 Severity = Literal["error", "warning"]
@@ -117,15 +117,12 @@ def _model(spec: RunSpec) -> Iterator[Problem]:
             f"Set max_length to {context} or less.",
             setting="training.max_length",
         )
-    if spec.method != "full":
-        from nbtune.peft.targets import match_targets
-
-        try:
-            match_targets(info.skeleton(), spec.method)
-        except NbtuneError as error:
-            yield _problem(error, "method.target_modules")
-            return
-    needed, available = plan(spec).peak_bytes, available_bytes()
+    try:
+        planned = plan(spec)
+    except AdapterError as error:
+        yield _problem(error, "method.target_modules")
+        return
+    needed, available = planned.peak_bytes, planned.available_bytes
     if needed > available:
         yield Problem(
             "The run may need more memory than there is",

@@ -17,7 +17,7 @@ from nbtune.errors import NbtuneError
 
 _CHECKOUT = Path(__file__).parent.parent / "notebooks"
 _INSTALLED = Path(__file__).parent / "_notebooks"
-_SCALARS = (int, float, str, bool, list, dict)
+_PLAIN = (int, float, str, bool, list, dict, type(None))
 
 
 class NotebookError(NbtuneError, ValueError):
@@ -82,7 +82,7 @@ def check_parameters(path: Path, values: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
             raise NotebookError(f"{path.name} has no parameter {name!r}", "", f"It takes {', '.join(near)}.")
-        if not isinstance(value, _SCALARS | None):
+        if not isinstance(value, _PLAIN):
             raise NotebookError(f"{name} is a {type(value).__name__}", "Papermill passes plain values only.")
         default = known[name]
         numbers = isinstance(value, int | float) and isinstance(default, int | float)
@@ -116,6 +116,7 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
             str(output),
             parameters=values,
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             cwd=os.fspath(cwd) if cwd is not None else None,
         )

@@ -32,6 +32,7 @@ class Plan:
     parts: dict[str, int]  # bytes
     tokens_per_step: int
     seconds: float | None  # of all steps; None where their number depends on the data
+    available_bytes: int  # memory that is free for it now
 
     @property
     def peak_bytes(self) -> int:
@@ -45,7 +46,7 @@ class Plan:
 
 def plan(spec: RunSpec) -> Plan:
     """Predict the memory and the time of `spec` on this machine. Raises ModelError where the model is not known."""
-    from nbtune.models import compute_dtype, default_device, describe
+    from nbtune.models import available_memory, compute_dtype, default_device, describe
 
     info = describe(spec.model)
     device = default_device()
@@ -74,15 +75,17 @@ def plan(spec: RunSpec) -> Plan:
         # Forward 2 FLOPs a parameter and token, backward to the inputs 2, to the weights 2 where they are trained.
         flops = training.max_steps * tokens_per_step * info.parameters * (6 if full else 4)
         seconds = flops / (EFFICIENCY * matrix_rate(device, compute))
-    return Plan(parts, tokens_per_step, seconds)
+    return Plan(parts, tokens_per_step, seconds, available_memory(device))
 
 
 def _trained_parameters(spec: RunSpec, info: ModelInfo) -> int:
     if spec.method == "full":
         return info.parameters
-    from nbtune.peft import count_parameters
+    from nbtune.models import skeleton
+    from nbtune.peft import get_peft_model
 
-    return count_parameters(info.skeleton(), spec.method)
+    adapted = get_peft_model(skeleton(spec.model), spec.method)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _activation_bytes(spec: RunSpec, info: ModelInfo, tokens: int, dtype: torch.dtype) -> int:
@@ -106,8 +109,8 @@ def _loss_bytes(info: ModelInfo, tokens: int, dtype: torch.dtype, full: bool) ->
     """The chunk of logits (as matrix product, in fp32, and as gradient) and the gradient of the hidden states."""
     from nbtune.kernels.linear_cross_entropy import CHUNK_BYTES
 
-    chunk = min(CHUNK_BYTES, 4 * tokens * info.vocab_size)
-    head_gradient = 2 * 4 * info.vocab_size * info.hidden_size if full else 0
+    chunk = min(CHUNK_BYTES, 4 * tokens * info.vocabulary)
+    head_gradient = 2 * 4 * info.vocabulary * info.hidden_size if full else 0
     return int(chunk * (1 + 2 * dtype.itemsize / 4)) + 2 * tokens * info.hidden_size * dtype.itemsize + head_gradient
 
 
@@ -124,16 +127,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
         float(product[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def available_bytes() -> int:
-    """Memory that a run could have now: free VRAM, else the machine's available RAM plus what this process holds."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def format_bytes(size: float) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from nbtune import _files
 from nbtune.data import Batches, Dataset, load_examples
 from nbtune.data.packing import eval_batches
-from nbtune.models import LoadedModel, default_device, load
+from nbtune.models import LoadedModel, compute_dtype, default_device, load
 from nbtune.peft import PeftModel, get_peft_model
 from nbtune.plan import plan
 from nbtune.spec import RunSpec
@@ -79,7 +79,7 @@ def _train(
         eval_batches(dataset.eval, training.per_device_train_batch_size * training.max_length),
         training,
         checkpoints=checkpoints,
-        compute_dtype=loaded.compute_dtype,
+        compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
         memory=memory,
         on_event=on_event,
         should_stop=should_stop,
@@ -119,7 +119,7 @@ def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule:
         "total_parameters": sum(p.numel() for p in parameters),
         "planned_peak_bytes": plan(spec).peak_bytes,
         "device": str(loaded.device),
-        "dtype": str(loaded.compute_dtype).removeprefix("torch."),
+        "dtype": str(compute_dtype(spec.model.dtype, loaded.device)).removeprefix("torch."),
         "train_examples": len(dataset.train),
         "eval_examples": len(dataset.eval),
         "data_fingerprint": dataset.fingerprint,

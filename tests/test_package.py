@@ -1,0 +1,39 @@
+"""The package as a whole: quick to import, whole in its promises."""
+
+import subprocess
+import sys
+
+import nbtune
+
+HEAVY = ("torch", "transformers", "gradio", "mlflow", "datasets", "plotly", "ipywidgets", "papermill")
+
+
+def test_import_is_quick_and_brings_nothing_heavy():
+    code = f"""
+import sys, time
+began = time.perf_counter()
+import nbtune
+seconds = time.perf_counter() - began
+print([name for name in {HEAVY} if name in sys.modules])
+assert seconds < 1, seconds
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    for name in nbtune.__all__:
+        assert getattr(nbtune, name) is not None
+
+
+def test_functions_stay_functions_after_their_modules_are_imported():
+    import nbtune.check
+    import nbtune.plan
+    import nbtune.train.events  # noqa: F401
+
+    assert all(callable(getattr(nbtune, name)) for name in ("check", "plan", "train"))
+
+
+def test_peft_is_never_imported():
+    code = "import nbtune.run, nbtune.train.session, nbtune.infer, sys; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
