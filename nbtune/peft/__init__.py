@@ -1,0 +1,47 @@
+"""The adapter engine. Names and files are PEFT's: change `from peft import` to `from nbtune.peft import` and go on.
+
+Configs import no torch; the rest is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nbtune.peft.config import LayerConfig, LoraConfig, PeftConfig, PeftType, TaskType
+
+if TYPE_CHECKING:
+    from nbtune.peft.layer import Adapter, AdapterLayer
+    from nbtune.peft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from nbtune.peft.targets import find_targets
+
+__all__ = [
+    "Adapter",
+    "AdapterLayer",
+    "LayerConfig",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "TaskType",
+    "find_targets",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+]
+
+_HOMES = {
+    "Adapter": "layer",
+    "AdapterLayer": "layer",
+    "PeftModel": "model",
+    "find_targets": "targets",
+    "get_peft_model": "model",
+    "get_peft_model_state_dict": "model",
+    "set_peft_model_state_dict": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,48 +1,377 @@
-"""Adapter configs: PEFT's names, defaults and JSON, as dataclasses that carry the metadata of a form.
+# ruff: noqa: RUF009  (setting and pending make dataclass fields)
+"""Adapter configs: PEFT's names, defaults and JSON, as frozen dataclasses that carry the metadata of a form.
 
 Imports no torch, so that a spec can be read, checked and shown before anything heavy is loaded.
+
+    config = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+    PeftConfig.from_dict(config.to_dict()) == config
+    PeftConfig.from_pretrained("runs/3/adapter")     # an instance of the class that `peft_type` names
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import json
-from collections.abc import Mapping
+import re
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from nbtune import _files
 from nbtune.errors import AdapterError
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 
-def setting(default: Any = dataclasses.MISSING, *, help: str, factory: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+
+class PeftType(StrEnum):
+    """The methods that nbtune knows, under PEFT's names."""
+
+    LORA = "LORA"
+
+
+class TaskType(StrEnum):
+    """PEFT's tasks. They are written to the file; of them nbtune itself only acts on the classification heads."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105  (a token of text)
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def setting(
+    default: Any = dataclasses.MISSING, *, help: str, factory: Any = dataclasses.MISSING, **metadata: Any
+) -> Any:
     """A dataclass field with its help and limits (label, unit, choices, ge, gt, le, lt, advanced, sweepable)."""
     return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, **metadata})
 
 
-@dataclasses.dataclass(frozen=True)
+def pending(default: Any = None) -> Any:
+    """A setting of PEFT that nbtune does not have yet: written to files at PEFT's default, refused at any other."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"pending": default})
+    return dataclasses.field(default=default, metadata={"pending": default})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What every adapter has."""
+    """What every adapter has. Raises AdapterError on construction for a value that cannot be right."""
 
     peft_type: ClassVar[str] = ""
 
+    # Who the adapter is; no choices, so no help and no place in a form.
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of a newer file, kept as they came
+
+    def __new__(cls, *_args: Any, **settings: Any) -> Self:
+        """Refuse a misspelt setting with the nearest names, where a dataclass would raise a bare TypeError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                message = f"{cls.__name__} has no setting {name!r}."
+                raise AdapterError("Unknown setting", message, did_you_mean(name, known))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            _check(type(self), field, value)
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise invalid("task_type", self.task_type, f"must be one of {', '.join(TaskType)}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
-        """The config that `peft_type` names."""
+        """The config that `peft_type` names, in any case; without one, a config of this class.
+
+        A dict with a `peft_version` comes from a file, perhaps of a newer PEFT: keys that are unknown here are kept in
+        `extra`, written back by `to_dict`, and warned about. In any other dict they are an AdapterError.
+        """
+        return cls._from_dict(values, from_file=bool(values.get("peft_version")))
+
+    @classmethod
+    def _from_dict(cls, values: Mapping[str, Any], *, from_file: bool) -> PeftConfig:
         values = dict(values)
-        if values.pop("peft_type", "LORA") != "LORA":
-            raise AdapterError("Unknown method")
-        return LoraConfig(**values)
+        values.pop("runtime_config", None)  # PEFT: how to run, never a part of the adapter
+        kind = _config_class(str(values.pop("peft_type", None) or cls.peft_type))
+        if not issubclass(kind, cls):
+            raise AdapterError("Another method", f"This is a {kind.peft_type} adapter, not {cls.peft_type}.")
+        if from_file:
+            known = {field.name for field in dataclasses.fields(kind)}
+            extra = {name: values.pop(name) for name in sorted(values.keys() - known)}
+            if extra:
+                warnings.warn(
+                    f"The adapter's config has settings unknown to this version of nbtune: {', '.join(extra)}. "
+                    "They are kept in the config and have no effect.",
+                    stacklevel=4,
+                )
+            values["extra"] = extra
+        return kind(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"peft_type": self.peft_type, **dataclasses.asdict(self)}
+        """Plain values, under the keys of PEFT's adapter_config.json."""
+        values = dataclasses.asdict(self)
+        extra = values.pop("extra")
+        return {"peft_type": self.peft_type, **values, **extra}
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json; the same for equal configs."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> PeftConfig:
+        """Read an adapter_config.json. Raises AdapterError naming the file and what is wrong in it."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise AdapterError("Unreadable adapter config", f"{path}: {error}") from error
+        if not isinstance(values, dict):
+            raise AdapterError("Unreadable adapter config", f"{path} holds a {type(values).__name__}, not settings.")
+        return cls._from_dict(values, from_file=True)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> PeftConfig:
+        """The config in an adapter's folder or hub repository."""
+        return cls.from_json_file(adapter_folder(path, revision) / CONFIG_NAME)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed; a config itself never changes."""
+        return dataclasses.replace(self, **changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter_config.json into the folder."""
+        _files.write_text(Path(folder) / CONFIG_NAME, self.to_json())
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig(PeftConfig):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig(PeftConfig):
+    """What every method that adapts layers has: which modules. The matching rules are those of PEFT."""
+
+    target_modules: list[str] | str | None = setting(
+        None,
+        help="Modules to adapt: names (endings of module paths), a regular expression over whole paths, or all-linear "
+        "(every linear layer but the output head). None: every linear layer in the repeated blocks.",
+        label="Target modules",
+    )
+    exclude_modules: list[str] | str | None = setting(
+        None, help="Modules to leave alone: names or a regular expression, matched like target modules.", advanced=True
+    )
+    layers_to_transform: list[int] | int | None = setting(
+        None, help="Adapt only the blocks with these numbers, counted from 0.", advanced=True
+    )
+    layers_pattern: list[str] | str | None = setting(
+        None, help="Name of the list of blocks that layers_to_transform counts in, such as layers or h.", advanced=True
+    )
+    modules_to_save: list[str] | None = setting(
+        None,
+        help="Modules to train in full and to save with the adapter, such as a new classification head.",
+        label="Modules trained in full",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules in ([], ""):
+            raise invalid("target_modules", self.target_modules, "must name at least one module, or be None")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                message = f"{name} is set, but target_modules is the text {self.target_modules!r}."
+                raise AdapterError(
+                    f"{name} needs names", message, "Give target_modules as a list, or put the layers in the regex."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError(
+                "layers_pattern is set alone", "layers_pattern only says where layers_to_transform counts."
+            )
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            _check_regex("layers_pattern", pattern)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(LayerConfig):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Names and defaults are those of peft 0.21."""
 
     peft_type: ClassVar[str] = "LORA"
+
     r: int = setting(8, help="Rank of the update.", label="Rank r", ge=1, sweepable=True)
-    lora_alpha: float = setting(16, help="Scale of the update is lora_alpha / r.", label="Alpha", gt=0, sweepable=True)
-    lora_dropout: float = setting(0.0, help="Dropout on the adapter's input.", ge=0, lt=1, advanced=True)
-    target_modules: list[str] | str | None = setting(None, help="Names or a regex of the modules to adapt.")
+    lora_alpha: float = setting(
+        8, help="Strength of the update: it is scaled by lora_alpha / r.", label="Alpha", gt=0, sweepable=True
+    )
+    lora_dropout: float = setting(
+        0.0, help="Share of the adapter's inputs dropped in training.", label="Dropout", ge=0, lt=1, sweepable=True
+    )
+    use_rslora: bool = setting(
+        False,
+        help="Scale by lora_alpha / sqrt(r) instead, so that high ranks keep learning (Kalajdzievski 2023).",
+        label="rsLoRA",
+        advanced=True,
+        sweepable=True,
+    )
+    init_lora_weights: bool | str = setting(
+        True,
+        help="First weights: True (uniform A, zero B), gaussian (normal A, zero B), or False (both random: the adapter "
+        "changes the model from the start; for tests).",
+        label="Initialisation",
+        choices=(True, False, "gaussian"),
+        advanced=True,
+    )
+    rank_pattern: dict[str, int] = setting(
+        factory=dict, help="Another rank for some modules: a name or regular expression and its rank.", advanced=True
+    )
+    alpha_pattern: dict[str, float] = setting(
+        factory=dict, help="Another alpha for some modules: a name or regular expression and its alpha.", advanced=True
+    )
+
+    bias: str = pending("none")
+    fan_in_fan_out: bool = pending(False)
+    lora_bias: bool = pending(False)
+    use_dora: bool = pending(False)
+    use_qalora: bool = pending(False)
+    use_bdlora: Any = pending()
+    ensure_weight_tying: bool = pending(False)
+    target_parameters: list[str] | None = pending()
+    trainable_token_indices: Any = pending()
+    layer_replication: Any = pending()
+    alora_invocation_tokens: Any = pending()
+    loftq_config: dict[str, Any] = pending({})
+    eva_config: Any = pending()
+    corda_config: Any = pending()
+    lora_ga_config: Any = pending()
+    velora_config: Any = pending()
+    arrow_config: Any = pending()
+    kasa_config: Any = pending()
+    monteclora_config: Any = pending()
+    megatron_config: Any = pending()
+    megatron_core: str | None = "megatron.core"  # read by PEFT only together with megatron_config
+    qalora_group_size: int = 16  # read by PEFT only together with use_qalora
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self, name).items():
+                _check_regex(name, pattern)
+                if value <= 0:
+                    raise invalid(f"{name}[{pattern!r}]", value, "must be more than 0")
+
+
+_CONFIGS: dict[str, type[PeftConfig]] = {cls.peft_type: cls for cls in (LoraConfig,)}
+
+
+def _config_class(peft_type: str) -> type[PeftConfig]:
+    if not peft_type:
+        raise AdapterError("No method", "There is no peft_type.", f"nbtune knows {', '.join(_CONFIGS)}.")
+    if peft_type.upper() not in _CONFIGS:
+        remedy = f"nbtune knows {', '.join(_CONFIGS)}, and 'full' for a run that trains every weight."
+        raise AdapterError("Unknown method", f"peft_type is {peft_type!r}.", remedy)
+    return _CONFIGS[peft_type.upper()]
+
+
+def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of an adapter: `path` itself, or the download of the hub repository `owner/name`.
+
+    Raises AdapterError where there is neither, where the folder holds no adapter, or where its weights are a pickle.
+    """
+    folder = Path(path)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        folder = _download(str(path), revision)
+    if not folder.is_dir():
+        raise AdapterError(
+            "No such adapter", f"{path} is no folder.", "Give the folder that save_pretrained wrote, or a hub id."
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+        remedy = f"Adapters inside it: {', '.join(inside)}." if inside else ""
+        raise AdapterError("Not an adapter", f"{folder} has no {CONFIG_NAME}.", remedy)
+    return folder
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Both weight files are asked for, so that a repository with only a pickle is told from one without weights.
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
+        )
+    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such repository, no network, bad id
+        message = f"There is no folder {repository}, and the hub says: {error}"
+        raise AdapterError("No such adapter", message, "Check the name, or the network.") from error
+    return Path(found)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """`Did you mean ...?` with the nearest of the known names, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    return f"Did you mean {', '.join(near)}?" if near else ""
+
+
+def invalid(name: str, value: Any, must: str) -> AdapterError:
+    """The error for a setting whose value cannot be right."""
+    return AdapterError(f"Invalid {name}", f"{name} is {value!r}; it {must}.")
+
+
+_LIMITS: dict[str, tuple[typing.Callable[[Any, Any], bool], str]] = {
+    "ge": (lambda value, limit: value >= limit, "at least"),
+    "gt": (lambda value, limit: value > limit, "more than"),
+    "le": (lambda value, limit: value <= limit, "at most"),
+    "lt": (lambda value, limit: value < limit, "less than"),
+}
+
+
+def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> None:
+    name, meta = field.name, field.metadata
+    if "pending" in meta:
+        # PEFT writes both null and an empty value for a setting that is not used.
+        if value and value != meta["pending"]:
+            remedy = "Leave it at its default, or use peft for this adapter."
+            raise AdapterError(f"{name} is not there yet", f"{name} is {value!r}; nbtune cannot do this yet.", remedy)
+        return
+    choices = meta.get("choices")
+    if choices is not None and not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise invalid(name, value, f"must be one of {', '.join(map(repr, choices))}")
+    try:
+        _validator(cls, name).validate_python(value)
+    except ValidationError as error:
+        raise invalid(name, value, f"must be of type {field.type}") from error
+    for key, (holds, words) in _LIMITS.items():
+        if key in meta and not holds(value, meta[key]):
+            raise invalid(name, value, f"must be {words} {meta[key]}")
+
+
+@functools.cache
+def _validator(cls: type[PeftConfig], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(typing.get_type_hints(cls)[name], config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can carry: sets have no order and would change a file by themselves, so they are sorted."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise invalid(name, pattern, f"must be a regular expression ({error})") from error

@@ -1,0 +1,118 @@
+"""An adapter's files, as PEFT reads and writes them: adapter_config.json and adapter_model.safetensors.
+
+Keys are `base_model.model.<module path>.<parameter>`, such as
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`; the adapter's name is not in the file. Loading is
+strict, and writing twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from nbtune import _files
+from nbtune.errors import AdapterError
+from nbtune.peft.config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
+from nbtune.peft.layer import Adapter, SavedModule
+
+PREFIX = "base_model.model."
+_SHOWN = 8  # keys listed in an error
+
+
+class LoadResult(NamedTuple):
+    """What a load that is not strict left out."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of one adapter, by module path, under their keys in the file."""
+    return {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
+
+
+def gathered_tensors(adapters: Mapping[str, Adapter], name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same from a full state dict of the PeftModel, where the adapter's tensors go by `...adapters.<name>.`."""
+    tensors = {}
+    for path, adapter in adapters.items():
+        for key, _, own in _keys({path: adapter}):
+            tensors[key] = state_dict[f"{PREFIX}{path}.adapters.{name}.{own}"]
+    return tensors
+
+
+def _keys(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, Adapter, str]]:
+    """Each tensor's key in the file, the adapter that has it, and its name there."""
+    for path, adapter in adapters.items():
+        for name in adapter.state_dict():
+            # A saved module stands in the file under its own names, as if it were the base model's.
+            stored = (
+                name.removeprefix("module.") if isinstance(adapter, SavedModule) else adapter.file_names.get(name, name)
+            )
+            yield f"{PREFIX}{path}.{stored}", adapter, name
+
+
+def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Copy tensors, by their keys in the file, into adapters.
+
+    Raises AdapterError where a tensor has another shape and, if strict, where one is missing or has no place; nothing
+    is copied then.
+    """
+    places = {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
+    missing = sorted(places.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - places.keys())
+    common = sorted(places.keys() & tensors.keys())
+    wrong = [
+        f"{key}: {list(tensors[key].shape)} in the file, {list(places[key].shape)} in the model"
+        for key in common
+        if tensors[key].shape != places[key].shape
+    ]
+    problems = [_listed("Wrong shape", wrong)]
+    if strict:
+        problems += [_listed("Missing", missing), _listed("Unexpected", unexpected)]
+    if any(problems):
+        remedy = "Is it the same base model?" + (" strict=False loads what fits." if strict and not wrong else "")
+        raise AdapterError("The adapter does not fit the model", "\n".join(filter(None, problems)), remedy)
+    with torch.no_grad():
+        for key in common:
+            places[key].copy_(tensors[key])
+    return LoadResult(missing, unexpected)
+
+
+def _listed(what: str, entries: list[str]) -> str:
+    if not entries:
+        return ""
+    more = f"\n  and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return f"{what} ({len(entries)}):\n  " + "\n  ".join(entries[:_SHOWN]) + more
+
+
+def write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files into a folder, each whole or not at all, replacing what is there."""
+    ready = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
+    # A config without weights is no adapter, so it comes last.
+    _files.write_bytes(folder / WEIGHTS_NAME, safetensors.torch.save(ready, metadata={"format": "pt"}))
+    _files.write_text(folder / CONFIG_NAME, config.to_json())
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors in an adapter's folder. Raises AdapterError where they are absent, cut off or a pickle."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            message = f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read."
+            remedy = (
+                "If you trust it, convert it once: "
+                "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+                "'adapter_model.safetensors')"
+            )
+            raise AdapterError("The weights are a pickle", message, remedy)
+        raise AdapterError("No weights", f"{folder} has no {WEIGHTS_NAME}.", "Save the adapter again.")
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError("Unreadable weights", f"{path}: {error}", "Copy or save the adapter again.") from error

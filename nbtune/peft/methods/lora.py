@@ -1,0 +1,82 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al. 2021, arXiv:2106.09685.
+
+    y = W x + s B A x        W [out, in], A [r, in], B [out, r]; s = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nbtune.peft.config import LoraConfig
+from nbtune.peft.layer import Adapter
+
+
+class Lora(Adapter):
+    """One low-rank update. The parameters are in fp32 and are cast to the input's precision to compute."""
+
+    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_A)  # [r, in]
+        self.lora_B = nn.Parameter(lora_B)  # [out, r]
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @classmethod
+    def create(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> Self:
+        r = _of_pattern(config.rank_pattern, path, config.r)
+        alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha)
+        weight: Tensor = base_layer.weight  # type: ignore[assignment]
+        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+        lora_A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)
+        lora_B = torch.zeros(weight.shape[0], r, dtype=dtype, device=weight.device)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))  # as nn.Linear
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        return cls(lora_A, lora_B, alpha / math.sqrt(r) if config.use_rslora else alpha / r, config.lora_dropout)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s B A x, for x [..., in] and y [..., out]."""
+        # Straight from the dict and by identity: each nn.Module attribute costs as much as a small kernel on a CPU.
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        assert A is not None
+        assert B is not None
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        if A.dtype is not x.dtype:
+            A = A.to(x.dtype)
+        if B.dtype is not y.dtype:
+            B = B.to(y.dtype)
+        out, r = B.shape
+        hidden = F.linear(x, A).view(-1, r)  # [tokens, r]
+        # addmm scales and accumulates in the matmul itself: no activation-sized product, no separate addition.
+        if torch.is_grad_enabled():
+            return torch.addmm(y.reshape(-1, out), hidden, B.t(), alpha=self.scaling).view(y.shape)
+        return y.reshape(-1, out).addmm_(hidden, B.t(), alpha=self.scaling).view(y.shape)
+
+    def delta_weight(self) -> Tensor:
+        """Return s B A, [out, in]."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _of_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module path, as PEFT matches it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
