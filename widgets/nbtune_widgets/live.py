@@ -115,6 +115,7 @@ class LiveView:
         self._drawn: tuple[Any, ...] = ()
         self._pushed_at = 0.0
         self._settled = False
+        self._note = ("", "", "")  # status when it was said, text, kind
         self._build()
 
     # -- what is on the screen ---------------------------------------------------------------------------------------
@@ -279,12 +280,11 @@ class LiveView:
         try:
             if command == "stop" and alive(self.run):
                 self.run.stop()
-                self._say("Stopping after this step …", "info")
+                self._note = (self.run.status, "Stopping after this step …", "info")
             elif command == "resume" and not alive(self.run):
                 self.run.resume()
-                self._say("")
         except NbtuneError as error:
-            self._say(str(error), "error")
+            self._note = (self.run.status, str(error), "error")
 
     def _refresh(self) -> None:
         """Everything but the charts. Setting a trait to what it is sends nothing, so this costs little."""
@@ -296,16 +296,20 @@ class LiveView:
         self.stop_button.layout.display = None if running else "none"
         self.freeze.layout.display = None if running else "none"
         self.resume_button.layout.display = None if status in ("stopped", "failed", "interrupted") else "none"
-        if status == "failed":
-            self._say(f"The run failed: {self.run.error or 'no reason was written'}", "error")
-        elif status == "interrupted":
-            self._say(
-                "The run was interrupted: its process ended before it did.\nResume goes on from the last checkpoint."
-            )
-        elif not running:
-            self._say("")
+        self._say(*self._news(status))
         _open(self.log, self.log_toggle, "log", lambda: self.run.log_tail(LOG_LINES) or "nothing yet")
         _open(self.settings, self.spec_toggle, "settings", self.run.spec.to_yaml)
+
+    def _news(self, status: str) -> tuple[str, str]:
+        """What to say under the bar: the answer to a button while the status is as it was then, else the status."""
+        said_at, text, kind = self._note
+        if said_at == status:
+            return text, kind
+        if status == "failed":
+            return f"The run failed: {self.run.error or 'the reason is in its log'}", "error"
+        if status == "interrupted":
+            return "The run was interrupted: its process ended.\nResume goes on from the last checkpoint.", ""
+        return "", ""
 
     def _draw(self, asked: bool, ended: bool) -> None:
         if ended and self._kept:
