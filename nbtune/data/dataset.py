@@ -1,7 +1,7 @@
 """From a DataSpec to training and held-out examples.
 
-`read_rows` reads, recognises the form, converts every row to a chat and splits; `load_examples` renders and tokenises what
-is used. Everything that is wrong with the data is reported before the first token of training.
+`read_rows` reads, recognises the form, converts every row to a chat and splits; `load_examples` renders and tokenises
+what is used. Everything that is wrong with the data is reported before the first token of training.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def ignore_status(message: str) -> None:
 def read_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStatus = ignore_status) -> Rows:
     """Read, convert and split the rows of `spec`; a relative file is looked up in `base_dir`, else where Python runs.
 
-    Rows with an empty answer are dropped and counted. Raises DataError where the source is missing, empty or damaged, its
-    form unknown, or where rows cannot be used (no assistant turn, null fields, unknown roles): all of them are counted in
-    one message, because training on what is left would hide that the file is not what it seems.
+    Rows with an empty answer are dropped and counted. Raises DataError where the source is missing, empty or damaged,
+    its form unknown, or where rows cannot be used (no assistant turn, null fields, unknown roles): all of them are
+    counted in one message, because training on what is left would hide that the file is not what it seems.
     """
     if spec.source == "stdlib-docs" and spec.rows is None:
         return _read_stdlib(spec)

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from nbtune.errors import DataError
 
 Message = dict[str, Any]
@@ -219,13 +221,15 @@ def _as_text(value: Any, column: str) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """A list of messages that a CSV or Parquet file carries as JSON text, or as an array of numpy's."""
+    """A list of messages that a CSV or Parquet file carries as JSON text, or pandas as an array."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
         except json.JSONDecodeError:
             return value  # a text that happens to begin so
-    return value.tolist() if type(value).__module__ == "numpy" else value
+    return value
 
 
 def _is_list(value: Any) -> bool:
@@ -246,9 +250,8 @@ def _is_empty(chat: Chat) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return {"dict": "an object", "list": "a list", "bool": "true or false"}.get(
-        type(value).__name__, f"a {type(value).__name__}"
-    )
+    name = type(value).__name__
+    return {"dict": "an object", "list": "a list", "bool": "true or false"}.get(name, f"a {name}")
 
 
 def _list(names: Iterable[str]) -> str:

@@ -2,9 +2,9 @@
 
 The mask comes from the chat template, never from searching for strings. A template with `{% generation %}` says itself
 which text is the assistant's. For any other, turn i spans from the end of the prompt that a chat would show before it,
-`render(messages[:i], add_generation_prompt=True)`, to the end of `render(messages[:i + 1])`. Both must be prefixes of the
-whole chat. Where they are not, because the template shows earlier answers differently once the chat goes on (it removes
-their thinking, say), every turn becomes an example of its own: exactly what the model reads and writes at that turn.
+`render(messages[:i], add_generation_prompt=True)`, to the end of `render(messages[:i + 1])`. Both must be prefixes of
+the whole chat. Where they are not, because the template shows earlier answers differently once the chat goes on (it
+removes their thinking, say), every turn becomes an example of its own: exactly what the model reads and writes then.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Renderer:
             if not upto.startswith(prompt):
                 raise _Unrenderable(
                     "the template does not begin an answer with its own generation prompt"
-                    f" ({_tail(prompt)!r} became {_difference(prompt, upto)!r}), so it is unclear where the answer begins;"
+                    f" ({_tail(prompt)!r} became {_difference(prompt, upto)!r}), so where the answer begins is unclear;"
                     " a template with {% generation %} around the assistant's text would say"
                 )
         whole = turns[-1][1]
@@ -197,9 +197,9 @@ class _Renderer:
                 [messages],
                 chat_template=tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
+                **tokenizer.special_tokens_map,  # pyright: ignore[reportArgumentType] - variables of the template
             )
-        spans = [tuple(span) for span in marks[0]]
+        spans = [(start, end) for start, end in marks[0]]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) != len(answers):
             raise _Unrenderable(

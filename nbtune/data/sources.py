@@ -212,11 +212,11 @@ def _read_hub(spec: DataSpec, on_status: Callable[[str], None]) -> list[Row]:
 
 def _look_up(name: str) -> None:
     """Fail in seconds where the hub cannot be reached and the dataset is not in the local cache."""
-    import datasets
+    import datasets.config
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    folder = f"{name.replace('/', '___')}"
+    folder = name.replace("/", "___")
     if (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir():
         return
     if constants.is_offline_mode():

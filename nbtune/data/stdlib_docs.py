@@ -1,8 +1,8 @@
 """Questions and answers about Python's standard library, made on the spot from its own docstrings and signatures.
 
 Real text that is on every machine: `stdlib-docs` needs no download. Modules written in Python are parsed, not imported
-(nothing runs, nothing prints); a fixed list of modules written in C is inspected. The same Python gives the same rows in
-the same order. Whole top-level modules are held out, and no answer occurs twice, so nothing leaks into the evaluation.
+(nothing runs, nothing prints); a fixed list of modules written in C is inspected. The same Python gives the same rows,
+in the same order. Whole top-level modules are held out and no answer occurs twice: nothing leaks into the evaluation.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nbtune.errors import DataError
 
 # Nothing a user of Python asks about: tests, applications, easter eggs, the other platform's twin of a module.
 _SKIPPED = {
-    "__future__", "antigravity", "distutils", "encodings", "ensurepip", "genericpath", "idlelib", "lib2to3", "nt", "ntpath",
-    "nturl2path", "opcode", "posix", "posixpath", "pydoc_data", "sre_compile", "sre_constants", "sre_parse", "test",
-    "this", "tkinter", "turtle", "turtledemo", "xxlimited", "xxlimited_35",
+    "__future__", "antigravity", "distutils", "encodings", "ensurepip", "genericpath", "idlelib", "lib2to3", "nt",
+    "ntpath", "nturl2path", "opcode", "posix", "posixpath", "pydoc_data", "sre_compile", "sre_constants", "sre_parse",
+    "test", "this", "tkinter", "turtle", "turtledemo", "xxlimited", "xxlimited_35",
 }  # fmt: skip
 
 # Files whose contents people know under another name.
@@ -224,9 +224,10 @@ def _exported(package: ast.Module, submodule: str, tree: ast.Module) -> set[str]
 def _all(tree: ast.Module) -> set[str] | None:
     """The module's `__all__` where it is written out."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
-            if isinstance(node.value, ast.List | ast.Tuple):
-                return {item.value for item in node.value.elts if isinstance(item, ast.Constant)}  # pyright: ignore
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Tuple):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if "__all__" in names:
+                return {str(item.value) for item in node.value.elts if isinstance(item, ast.Constant)}
     return None
 
 
@@ -245,7 +246,7 @@ def _definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFu
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             if not node.name.startswith("_"):
                 yield node
-        elif isinstance(node, ast.If) or isinstance(node, ast.Try):
+        elif isinstance(node, ast.If | ast.Try):
             yield from _definitions(node.body + node.orelse)
 
 
