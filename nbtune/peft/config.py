@@ -62,7 +62,7 @@ def pending(default: Any = None) -> Any:
     return dataclasses.field(default=default, metadata={"pending": default})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class PeftConfig:
     """What every adapter has. Raises AdapterError on construction for a value that cannot be right."""
 
@@ -93,6 +93,17 @@ class PeftConfig:
             _check(type(self), field, value)
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise invalid("task_type", self.task_type, f"must be one of {', '.join(TaskType)}")
+
+    def __repr__(self) -> str:
+        """Show what differs from the defaults, as one would write it."""
+        shown = [f"{name}={value!r}" for name, value in self.changes().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        default = type(self)()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
@@ -157,7 +168,7 @@ class PeftConfig:
         _files.write_text(Path(folder) / CONFIG_NAME, self.to_json())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LayerConfig(PeftConfig):
     """What every method that adapts layers has: which modules. The matching rules are those of PEFT."""
 
@@ -204,8 +215,13 @@ class LayerConfig(PeftConfig):
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
             _check_regex("layers_pattern", pattern)
 
+    @property
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        """The settings that give some modules another value, by name: {"rank_pattern": {"q_proj": 4}}."""
+        return {}
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LoraConfig(LayerConfig):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Names and defaults are those of peft 0.21."""
 
@@ -265,11 +281,15 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern, value in getattr(self, name).items():
+        for name, patterns in self.patterns.items():
+            for pattern, value in patterns.items():
                 _check_regex(name, pattern)
                 if value <= 0:
                     raise invalid(f"{name}[{pattern!r}]", value, "must be more than 0")
+
+    @property
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
 
 _CONFIGS: dict[str, type[PeftConfig]] = {cls.peft_type: cls for cls in (LoraConfig,)}

@@ -38,7 +38,11 @@ def build(model: nn.Module, config: LayerConfig) -> dict[str, Adapter]:
         base_layer = places[path].module
         _check_base(kind, config, path, base_layer)
         adapters[path] = kind.create(base_layer, config, path)
-    for path in saved_modules(config, places):
+    saved = saved_modules(config, places)
+    for path in saved:
+        if path in adapters or any(path.startswith(f"{other}.") for other in saved):
+            message = f"{path} is to be saved whole, and is adapted or inside another module that is saved whole."
+            raise AdapterError("A module is named twice", message, "Name it in modules_to_save or in target_modules.")
         adapters[path] = SavedModule(copy.deepcopy(places[path].module))
     for adapter in adapters.values():
         adapter.requires_grad_(not config.inference_mode)
@@ -75,18 +79,14 @@ def attach(model: nn.Module, state: ActiveAdapters, name: str, adapters: dict[st
 
 def detach(model: nn.Module, name: str) -> None:
     """Take one adapter out; a layer without adapters gives way to its base layer."""
-    for path, layer in list(adapter_layers(model)):
+    for place in walk(model).values():
+        layer = place.parent._modules[place.attribute]
+        if not isinstance(layer, AdapterLayer):
+            continue
         if name in layer.adapters:
             layer.remove(name)
         if not layer.adapters:
-            restore(model, path, layer)
-
-
-def restore(model: nn.Module, path: str, layer: AdapterLayer) -> None:
-    """Put a layer's base layer, as it is now, back into its place."""
-    place = walk(model)[path]
-    assert place.parent._modules[place.attribute] is layer
-    setattr(place.parent, place.attribute, layer.base_layer)
+            setattr(place.parent, place.attribute, layer.base_layer)
 
 
 def check_name(name: str) -> None:

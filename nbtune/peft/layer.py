@@ -1,8 +1,8 @@
 """The one layer that holds adapters, whatever their method.
 
 `AdapterLayer` takes the place of a module of the base model and does once what every method needs: several adapters,
-the active ones, disabling, merging and exact unmerging, another adapter per row of a batch. An `Adapter` is one adapter on
-one base layer and says only its own equation; see methods/lora.py.
+the active ones, disabling, merging and exact unmerging, another adapter per row of a batch. An `Adapter` is one
+adapter on one base layer and says only its own equation; see methods/lora.py.
 
 Switching costs the same for 1 and for 64 adapters, on 1 and on 224 layers: all layers of a model share one
 `ActiveAdapters`, and a layer looks the active names up when it is next called.

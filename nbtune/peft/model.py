@@ -7,8 +7,8 @@
     with model.disable_adapter(): ...                  # the base model
 
 The base model's layers are replaced in place, and every fact about the adapters is kept in one object that those
-layers share. A `PeftModel` is only a view of it: two views of one base always agree, so that a notebook's cells can be run
-again.
+layers share. A `PeftModel` is only a view of it: two views of one base always agree, so that the cells of a notebook
+can be run again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     """The model with a new adapter, which is the only active one; `model` is changed in place.
 
     Running this twice gives the same as running it once: an adapter of that name, on the base model or on a PeftModel,
-    is replaced by a new one. Adapters of other names stay, switched off. Raises AdapterError, and leaves the model as
-    it was, where the config does not fit it.
+    is replaced by a new one. Adapters of other names stay, unmerged and switched off. Raises AdapterError where the
+    config does not fit the model, which then has the adapters that it had.
     """
     adapted = model if isinstance(model, PeftModel) else PeftModel(model)
+    adapted.unmerge_adapter()
     adapted._add(adapter_name, peft_config, replace=True)
     adapted.set_adapter(adapter_name)
     return adapted
@@ -126,7 +127,7 @@ class PeftModel(nn.Module):
         if name in self.peft_config and not replace:
             remedy = "Use another name, or delete_adapter first."
             raise AdapterError("The name is taken", f"There is an adapter {name!r} already.", remedy)
-        self._refuse_merged([name])
+        self._refuse_merged(self._state.merged)  # a copy of a base module would hold them too
         if not isinstance(config, LayerConfig):
             raise AdapterError(
                 "Not a config", f"The config is a {type(config).__name__}.", "Give one such as LoraConfig(r=8)."
@@ -271,8 +272,9 @@ class PeftModel(nn.Module):
     ) -> Self:
         """The model with the adapter of a folder or hub repository, active; `model` is changed in place.
 
-        The adapter is FROZEN unless `is_trainable`: it serves, in eval mode, and training it would change nothing. `train()`
-        then warns. Raises AdapterError where the files do not fit the model exactly; `strict=False` loads what fits.
+        The adapter is FROZEN unless `is_trainable`: it serves, in eval mode, and training it would change nothing;
+        `train()` then warns. Raises AdapterError where the files do not fit the model exactly; `strict=False` loads
+        what fits.
         """
         adapted = cls(model.get_base_model() if isinstance(model, PeftModel) else model)
         adapted.load_adapter(model_id, adapter_name, is_trainable, revision=revision, strict=strict)
@@ -349,7 +351,8 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; `adapter_names` as in `forward`."""
         with self._rows(adapter_names):
-            return self.__getattr__("generate")(*args, **kwargs)
+            base: Any = self.get_base_model()
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def _rows(self, names: Sequence[str] | None) -> Iterator[None]:
@@ -360,6 +363,9 @@ class PeftModel(nn.Module):
             raise AdapterError("Not a list", f"adapter_names is {names!r}.", "Give a list with one name per row.")
         self._check_known([name for name in names if name != BASE])
         self._refuse_merged(self._state.merged)
+        if self.training and torch.is_grad_enabled() and _checkpoints(self.get_base_model()):
+            message = "Gradient checkpointing runs layers again in the backward pass, when adapter_names is over."
+            raise AdapterError("Not with gradient checkpointing", message, "Switch gradient checkpointing off.")
         self._state.rows = Rows(names)
         try:
             yield
@@ -425,6 +431,11 @@ def set_peft_model_state_dict(
     model._check_known([adapter_name])
     model._refuse_merged([adapter_name])
     return checkpoint.fill(model._adapters(adapter_name), state_dict, strict)
+
+
+def _checkpoints(base: nn.Module) -> bool:
+    """Whether any block recomputes its activations; transformers marks each such module with this flag."""
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in base.modules())
 
 
 def _untie_head(base: PreTrainedModel) -> None:

@@ -8,8 +8,8 @@ Works on the meta device too, so that a config can be checked before any weight 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -59,11 +59,15 @@ def find_targets(model: nn.Module, config: LayerConfig) -> list[str]:
     """
     places = walk(model)
     config = resolve(model, config, places)
-    paths = matching(config, places)
     for name, names in (("target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
         for entry in names if isinstance(names, list) else []:
             if entry not in _task_heads(config) and not any(_ends_with(path, [entry]) for path in places):
                 raise _no_match(name, entry, places)
+    paths = matching(config, places)
+    for name, patterns in config.patterns.items():
+        for pattern in patterns:
+            if not any(_of_end(pattern, path) for path in paths):
+                raise _no_match(name, pattern, paths)
     return paths
 
 
@@ -103,6 +107,15 @@ def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
 def saved_modules(config: LayerConfig, places: Iterable[str]) -> list[str]:
     """The paths of the modules that are trained and saved whole; PEFT compares the ends of the paths as text."""
     return [path for path in places if path.endswith(tuple(config.modules_to_save or ()))]
+
+
+def of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module path, or the default."""
+    return next((value for pattern, value in patterns.items() if _of_end(pattern, path)), default)
+
+
+def _of_end(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def _is_target(path: str, config: LayerConfig) -> bool:

@@ -8,8 +8,7 @@ rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
 from __future__ import annotations
 
 import math
-import re
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from nbtune.peft.config import LoraConfig
 from nbtune.peft.layer import Adapter
+from nbtune.peft.targets import of_pattern
 
 
 class Lora(Adapter):
@@ -33,8 +33,8 @@ class Lora(Adapter):
 
     @classmethod
     def create(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> Self:
-        r = _of_pattern(config.rank_pattern, path, config.r)
-        alpha = _of_pattern(config.alpha_pattern, path, config.lora_alpha)
+        r = of_pattern(config.rank_pattern, path, config.r)
+        alpha = of_pattern(config.alpha_pattern, path, config.lora_alpha)
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         lora_A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)
@@ -72,11 +72,3 @@ class Lora(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-
-
-def _of_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module path, as PEFT matches it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
