@@ -71,8 +71,9 @@ def read_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStat
     raw = sources.read(spec, base_dir, on_status)
     if not raw:
         raise DataError("The data is empty", f"{spec.source} has no rows.", "Give at least one row.")
-    form = spec.format if spec.format != "auto" else formats.detect(raw[0])
-    formats.check_columns(form, raw[0])
+    columns = list(dict.fromkeys(column for row in raw for column in row))
+    form = spec.format if spec.format != "auto" else formats.detect(columns)
+    formats.check_columns(form, columns)
     converted = formats.convert(raw, form, spec.source)
     held_out = _held_out(converted.chats, spec.eval_fraction, spec.seed)
     pairs = list(zip(converted.chats, converted.numbers, held_out, strict=True))

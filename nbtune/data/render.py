@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -137,29 +138,25 @@ class _Renderer:
         self._end_tokens = tuple(str(token) for token in added if str(token).strip())
 
     def render_all(self, chats: Sequence[Chat], numbers: Sequence[int]) -> list[list[_Spans]]:
-        """Raises DataError naming the first row that the template cannot show, why, and how many there are."""
+        """Raises DataError naming the first row that the template cannot show, and why."""
         try:
             return self._render(chats)
-        except _Unrenderable:
-            pass  # one of many: found below, one by one
-        failed: list[tuple[int, str]] = []
-        for chat, number in zip(chats, numbers, strict=True):
-            try:
-                self._render([chat])
-            except _Unrenderable as reason:
-                failed.append((number, str(reason)))
-        number, reason = failed[0]
-        more = f" The same or another reason holds for {len(failed) - 1:,} rows close to it." if len(failed) > 1 else ""
-        raise DataError(
-            "The model's chat template cannot show a row", f"Row {number:,}: {reason}.{more}", "Mend or remove the row."
-        )
+        except _Unrenderable as error:
+            if len(chats) > 1:  # find the row: one by one, the first that fails raises
+                for chat, number in zip(chats, numbers, strict=True):
+                    self.render_all([chat], [number])
+            raise DataError(
+                "The model's chat template cannot show a row",
+                f"Row {numbers[0]:,}: {error}.",
+                "Mend or remove the row, or choose a model whose template takes it.",
+            ) from error
 
     def _render(self, chats: Sequence[Chat]) -> list[list[_Spans]]:
         turns = [_trained_turns(chat) for chat in chats]
         # Nothing is learnt from what follows the last answer, and a template may rewrite answers because of it.
         messages = [chat.messages[: trained[-1] + 1] for chat, trained in zip(chats, turns, strict=True)]
         if self._marks_answers:
-            return [self._marked(chat, trained) for chat, trained in zip(messages, turns, strict=True)]
+            return self._marked(messages, turns)
         pairs = [(chat, turn) for chat, trained in zip(messages, turns, strict=True) for turn in trained]
         prompts = iter(self._apply([chat[:turn] for chat, turn in pairs], prompt=True))
         upto = iter(self._apply([chat[: turn + 1] for chat, turn in pairs]))
@@ -188,40 +185,53 @@ class _Renderer:
         text = upto.rstrip()
         return len(text) if text.endswith(self._end_tokens) else len(upto)
 
-    def _marked(self, messages: list[Message], trained: Sequence[int]) -> list[_Spans]:
+    def _marked(self, chats: list[list[Message]], turns: Sequence[Sequence[int]]) -> list[list[_Spans]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer
         with _template_errors():
-            texts, marks = render_jinja_template(
-                [messages],
+            rendered: Any = render_jinja_template(
+                chats,
                 chat_template=tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
                 **tokenizer.special_tokens_map,  # pyright: ignore[reportArgumentType] - variables of the template
             )
-        spans = [(start, end) for start, end in marks[0]]
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) != len(answers):
-            raise _Unrenderable(
-                f"the template marks {len(spans)} answers with {{% generation %}}, the chat has {len(answers)}"
-            )
-        return [_Spans(texts[0], [span for span, turn in zip(spans, answers, strict=True) if turn in trained])]
+        texts, marks = rendered
+        return [
+            [_Spans(text, _chosen_marks(spans, chat, trained))]
+            for text, spans, chat, trained in zip(texts, marks, chats, turns, strict=True)
+        ]
 
     def _apply(self, chats: list[list[Message]], *, prompt: bool = False) -> list[str]:
         with _template_errors():
             return self._tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=prompt)  # pyright: ignore
 
 
-class _template_errors:  # noqa: N801 - used as a function
-    """Turn what a template raises into the reason why a row cannot be shown."""
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Turn what a template raises into the reason why a chat cannot be shown."""
+    import jinja2
 
-    def __enter__(self) -> None: ...
+    try:
+        yield
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise _Unrenderable(f"the template says: {error}") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        import jinja2
 
-        if isinstance(error, jinja2.TemplateError | TypeError | ValueError | KeyError):
-            raise _Unrenderable(f"the template says: {error}") from error
+def _chosen_marks(
+    spans: Sequence[tuple[int, int]], chat: Sequence[Message], trained: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The stretches that `{% generation %}` marks, without those of the turns that are context only."""
+    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    if not spans:
+        raise _Unrenderable("the template marks no answer with {% generation %}")
+    if answers == list(trained):
+        return list(spans)
+    if len(spans) != len(answers):
+        raise _Unrenderable(
+            f"the template marks {len(spans)} answers with {{% generation %}}, there are {len(answers)}"
+        )
+    return [span for span, turn in zip(spans, answers, strict=True) if turn in trained]
 
 
 def _trained_turns(chat: Chat) -> list[int]:

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 
 HUB_TIMEOUT = 5.0  # seconds until an unanswered look-up counts as no network
 BUILT_IN = ("stdlib-docs",)
+_WRAPPERS = ("data", "rows", "train")  # {"data": [...]}: names under which files keep their rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -87,10 +88,10 @@ def _read_json(path: Path) -> list[Row]:
             return _json_lines(path, text)  # JSON lines under the name .json, as many hub files are
         raise _broken_json(path, error.lineno, error) from error
     if isinstance(value, dict):
-        lists = [item for item in value.values() if isinstance(item, list)]
-        value = lists[0] if len(lists) == 1 else [value]  # {"data": [...]}, else a single row
+        wrapped = [value[name] for name in _WRAPPERS if isinstance(value.get(name), list)]
+        value = wrapped[0] if len(wrapped) == 1 else [value]
     if not isinstance(value, list):
-        raise DataError("The data is no list of rows", f"{path} holds {type(value).__name__}.", "Make it [{...}, ...].")
+        raise _no_object(str(path), value)
     for number, row in enumerate(value, start=1):
         if not isinstance(row, dict):
             raise _no_object(f"{path}, row {number}", row)

@@ -5,7 +5,7 @@ loaded = load(ModelSpec(name="smollm2-135m-instruct"), for_training=True)
 loaded.model, loaded.tokenizer
 """
 
-from nbtune.models.info import ModelInfo, ModuleInfo, describe
+from nbtune.models.info import ModelInfo, ModuleInfo, describe, skeleton
 from nbtune.models.loader import LoadedModel, load, load_tokenizer
 from nbtune.models.machine import available_memory, compute_dtype, default_device
 from nbtune.models.source import Source, resolve
@@ -22,4 +22,5 @@ __all__ = [
     "load",
     "load_tokenizer",
     "resolve",
+    "skeleton",
 ]

@@ -21,6 +21,8 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     vars(model.config).pop("_model_name_or_path", None)  # the name of a training run of its makers
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType] - set by transformers itself
 
+    if not folder.is_dir():  # whoever asked was killed, and somebody else has cleared up
+        sys.exit(f"{folder} is gone")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -51,7 +51,7 @@ def describe(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> ModelIn
     Raises ModelError as `load` does.
     """
     source = resolve(spec)
-    folder = fetch(source, on_status, weights=False)
+    folder = fetch(source, on_status, with_weights=False)
     model = _skeleton(source, folder, spec)
     config = model.config.get_text_config()
     embeddings = model.get_output_embeddings()
@@ -68,6 +68,12 @@ def describe(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> ModelIn
         has_chat_template=_has_chat_template(folder),
         modules=_linear_modules(model),
     )
+
+
+def skeleton(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> PreTrainedModel:
+    """The model with its modules and shapes but no weights (torch's meta device). Raises ModelError as `load` does."""
+    source = resolve(spec)
+    return _skeleton(source, fetch(source, on_status, with_weights=False), spec)
 
 
 def _skeleton(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedModel:
@@ -98,8 +104,10 @@ def _linear_modules(model: PreTrainedModel) -> tuple[ModuleInfo, ...]:
 
 
 def _context_length(config: Any) -> int | None:
-    # GPT-2 writes n_positions, which transformers maps to this name; state-space models have neither.
-    return config.max_position_embeddings if "max_position_embeddings" in dir(config) else None
+    try:
+        return config.max_position_embeddings  # transformers maps GPT-2's n_positions and the like to this name
+    except AttributeError:  # a state-space model has no such limit
+        return None
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -62,7 +62,7 @@ def load(
 def load_tokenizer(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises ModelError as `load` does."""
     source = resolve(spec)
-    return _read_tokenizer(source, fetch(source, on_status, weights=False), spec)
+    return _read_tokenizer(source, fetch(source, on_status, with_weights=False), spec)
 
 
 def _read_tokenizer(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:

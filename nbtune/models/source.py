@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from nbtune.errors import ModelError
-from nbtune.models import cache
+from nbtune.models import cache, weights
 from nbtune.spec import ModelSpec
 
 OnStatus = Callable[[str], None]
@@ -70,10 +70,10 @@ def resolve(spec: ModelSpec) -> Source:
     return _hub(name, spec.revision)
 
 
-def fetch(source: Source, on_status: OnStatus = ignore_status, *, weights: bool = True) -> Path:
-    """A local folder of transformers files for `source`; with `weights=False` a hub model brings its config only."""
+def fetch(source: Source, on_status: OnStatus = ignore_status, *, with_weights: bool = True) -> Path:
+    """A local folder of transformers files for `source`; without weights, a hub model brings only its configs."""
     if source.kind == "hub":
-        return _download(source, on_status, weights=weights)
+        return _download(source, on_status, with_weights=with_weights)
     assert source.path is not None
     if source.gguf_file is not None:
         return cache.converted(source.path / source.gguf_file, on_status)
@@ -203,12 +203,12 @@ def _look_up(name: str, revision: str | None) -> None:
         raise _unreachable(name, error) from error
 
 
-def _download(source: Source, on_status: OnStatus, *, weights: bool) -> Path:
+def _download(source: Source, on_status: OnStatus, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-    patterns = [*_CONFIG_FILES, "*.py", "*.safetensors"] if weights else [*_CONFIG_FILES, "*.py"]
-    if source.path is not None and (not weights or _has_all_weights(source.path)):
+    patterns = [*_CONFIG_FILES, "*.py", "*.safetensors"] if with_weights else [*_CONFIG_FILES, "*.py"]
+    if source.path is not None and (not with_weights or not weights.missing_files(source.path)):
         return source.path
     on_status(f"Downloading {source.name}")
     try:
@@ -219,12 +219,6 @@ def _download(source: Source, on_status: OnStatus, *, weights: bool) -> Path:
         raise _gated(source.name) from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(source.name, error) from error
-
-
-def _has_all_weights(folder: Path) -> bool:
-    from nbtune.models import weights
-
-    return weights.missing_files(folder) == []
 
 
 def _gated(name: str) -> ModelError:
