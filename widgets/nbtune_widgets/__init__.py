@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nbtune_widgets.live import LiveRun, LiveView
-from nbtune_widgets.terminal import TerminalView
+from nbtune_widgets.wizard import Wizard, wizard
 
-__all__ = ["LiveView", "TerminalView", "in_kernel", "show", "watch", "watch_async"]
+__all__ = ["LiveView", "Wizard", "in_kernel", "show", "watch", "watch_async", "wizard"]
 
 
 def in_kernel() -> bool:
@@ -23,6 +23,8 @@ def in_kernel() -> bool:
 def watch(run: LiveRun) -> None:
     """Show the run and block until it ends: charts in a notebook, a line in a terminal."""
     if not in_kernel():
+        from nbtune_widgets.terminal import TerminalView  # rich takes half a second
+
         TerminalView(run).pump()
         return
     view = LiveView(run)

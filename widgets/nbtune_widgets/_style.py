@@ -59,6 +59,53 @@ CSS = """
  background-repeat:no-repeat!important}
 .nbtune .widget-readout,.nbtune .jupyter-widget-readout{min-width:32px;width:32px}
 .nbtune .widget-readout,.nbtune .jupyter-widget-readout{color:var(--nt-soft);font-size:12px}
+.nbtune .nt-head{border-bottom:1px solid var(--nt-line);padding-bottom:8px;gap:2px}
+.nbtune button.jupyter-button.nt-step{border-color:transparent;background:transparent;border-radius:16px;
+ color:var(--nt-soft);padding:0 12px}
+.nbtune button.jupyter-button.nt-step.nt-here{background:var(--nt-tint);color:var(--nt-blue);font-weight:600}
+.nbtune button.jupyter-button.nt-step.nt-wrong{color:var(--nt-red)}
+.nbtune .nt-heading{font-weight:600;color:var(--nt-ink);margin:4px 0}
+.nbtune .nt-field{gap:0 12px;min-height:32px}
+.nbtune .nt-field .widget-label{color:var(--nt-ink);font-weight:600;font-size:13px;text-align:left}
+.nbtune .nt-help{color:var(--nt-soft);font-size:12px;line-height:1.35}
+.nbtune .nt-invalid{color:var(--nt-red);font-size:12px}
+.nbtune .nt-bad input,.nbtune .nt-bad select{border-color:var(--nt-red)!important}
+.nbtune .nt-facts{display:grid;grid-template-columns:128px 1fr;gap:2px 12px;margin-top:10px;padding:10px 0 0;
+ border-top:1px solid var(--nt-line);overflow-wrap:anywhere}
+.nbtune .nt-columns{gap:8px 28px;align-items:flex-start}
+.nbtune button.jupyter-button.nt-method{height:auto;min-height:52px;width:150px;text-align:left;white-space:pre-line;
+ line-height:1.35;padding:8px 12px;font-size:12px;color:var(--nt-soft);margin:0 8px 8px 0}
+.nbtune button.jupyter-button.nt-method::first-line{font-weight:600;font-size:13px;color:var(--nt-ink)}
+.nbtune button.jupyter-button.nt-method.nt-on{border-color:var(--nt-blue);box-shadow:0 0 0 1px var(--nt-blue)}
+.nbtune .nt-presets{gap:4px 6px;align-items:center;margin-bottom:4px}
+.nbtune .nt-presets button.jupyter-button{font-size:12px;padding:0 10px;height:28px;line-height:26px;margin:0}
+.nbtune .nt-kinds{min-height:20px}
+.nbtune .nt-kinds button.jupyter-button.nt-kind{border-color:transparent;background:transparent;text-align:left;
+ font-weight:600;font-size:12px;height:20px;line-height:18px;padding:0 2px;margin:0;color:var(--nt-soft)}
+.nbtune .nt-kinds button.jupyter-button.nt-kind.nt-on{color:var(--nt-ink)}
+.nbtune .nt-kinds .widget-html{margin:0 2px}
+.nbtune .nt-cells{display:flex;gap:2px;height:16px;align-items:center}
+.nbtune .nt-cells i{flex:1 1 0;height:14px;border-radius:3px;background:var(--nt-wash);
+ box-shadow:inset 0 0 0 1px var(--nt-line)}
+.nbtune .nt-cells i.nt-on{background:var(--nt-blue);box-shadow:none}
+.nbtune .nt-cells b{flex:1 1 0;font-weight:400;font-size:9px;color:var(--nt-soft);text-align:center;overflow:visible;
+ width:0}
+.nbtune .nt-tokens{border:1px solid var(--nt-line);border-radius:8px;padding:10px 14px;margin:4px 0;
+ font:12px/1.6 var(--jp-code-font-family,ui-monospace,monospace);white-space:pre-wrap;overflow-wrap:anywhere;
+ max-height:260px;overflow-y:auto}
+.nbtune .nt-t0{color:var(--nt-soft)} .nbtune .nt-t1{background:rgba(47,148,97,.20);border-radius:2px}
+.nbtune .nt-tE{background:rgba(47,148,97,.48);border-radius:2px}
+.nbtune .nt-foot{border-top:1px solid var(--nt-line);padding-top:12px;gap:8px 20px}
+.nbtune .nt-buttons{margin-left:auto;gap:2px}
+.nbtune .nt-parts{display:flex;height:20px;border-radius:5px;overflow:hidden;background:var(--nt-wash)}
+.nbtune .nt-parts div{color:#fff;font-size:11px;line-height:20px;text-align:center;overflow:hidden;white-space:nowrap}
+.nbtune .nt-gauge{height:3px;border-radius:2px;background:var(--nt-wash);margin:3px 0}
+.nbtune .nt-gauge div{height:3px;border-radius:2px}
+.nbtune .nt-keys{display:flex;flex-wrap:wrap;gap:0 14px;font-size:12px;color:var(--nt-soft)}
+.nbtune .nt-keys i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
+.nbtune .nt-problem.nt-good{border-color:var(--nt-green);background:rgba(47,148,97,.10)}
+.nbtune .nt-tabs button.jupyter-button{height:26px;line-height:24px;font-size:12px;padding:0 10px}
+.nbtune .nt-tabs button.jupyter-button.mod-active{background:var(--nt-tint);color:var(--nt-blue);box-shadow:none}
 """
 
 

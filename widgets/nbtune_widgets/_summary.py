@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Any
 from nbtune_widgets._style import gigabytes
 
 if TYPE_CHECKING:
+    from nbtune.peft.config import PeftConfig
     from nbtune.spec import RunSpec
     from nbtune_widgets.live import LiveRun
 
 _CELL = "padding:3px 14px 3px 0;text-align:left;vertical-align:top;border:0;background:none"
 
 
+def method_name(cls: type[PeftConfig]) -> str:
+    """LoRA, IA3: the class's name as papers write it."""
+    name = cls.__name__.removesuffix("Config")
+    return {"Lora": "LoRA"}.get(name, name)
+
+
 def method_label(spec: RunSpec) -> str:
     """LoRA r16, IA3, Full."""
     if spec.method == "full":
         return "Full"
-    name = type(spec.method).__name__.removesuffix("Config")
     settings = spec.method.to_dict()
-    return {"Lora": "LoRA"}.get(name, name) + (f" r{settings['r']}" if "r" in settings else "")
+    return method_name(type(spec.method)) + (f" r{settings['r']}" if "r" in settings else "")
 
 
 def title(spec: RunSpec) -> str:

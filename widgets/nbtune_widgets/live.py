@@ -17,6 +17,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +63,7 @@ class LiveRun(Protocol):
     def error(self) -> str | None: ...
     def events(self) -> list[dict[str, Any]]: ...
     def progress(self) -> Progress: ...
-    def log_tail(self, n: int) -> str: ...
+    def log_tail(self, lines: int, /) -> str: ...
     def summary(self) -> dict[str, Any]: ...
     def stop(self) -> Any: ...
     def resume(self) -> Any: ...
@@ -104,13 +105,14 @@ class LiveView:
     def __init__(self, run: LiveRun, interval: float = 0.5) -> None:
         self.run = run
         self.interval = interval
+        self.when_ended: Callable[[bool], None] = lambda _: None  # told at every look, by whoever drives
         self.error: str | None = None  # what went wrong in the view itself, not in the run
         self.pushes = 0
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._leave = threading.Event()
         self._thread: threading.Thread | None = None
-        self._kept: list[DisplayHandle] = []
+        self.kept: list[DisplayHandle] = []  # the two places where the finished charts and the table stay
         self._blocking = False
         self._drawn: tuple[Any, ...] = ()
         self._pushed_at = 0.0
@@ -170,17 +172,12 @@ class LiveView:
     def show(self) -> None:
         """Display the view in this cell, and under it two plain outputs that become the final charts and the table."""
         display(self.widget)
-        self.keep_here()
-
-    def keep_here(self) -> None:
-        """Display the places, in this cell, where the finished charts and the table will stay."""
-        self._kept = [handle for place in self._waiting() if (handle := display(place, raw=True, display_id=True))]
+        self.kept = places(self._waiting)
         self._settled = False
 
-    def _waiting(self) -> tuple[dict[str, str], dict[str, str]]:
-        """What stands in the two places while the run goes on: html, never a figure beside the live one."""
-        text = f"{self.run.id}: the finished charts will be kept here."
-        return {"text/html": _quiet(text), "text/plain": text}, {"text/html": "", "text/plain": ""}
+    @property
+    def _waiting(self) -> str:
+        return f"{self.run.id}: the finished charts will be kept here."
 
     def _ipython_display_(self) -> None:
         self.show()
@@ -233,7 +230,7 @@ class LiveView:
     def close(self) -> None:
         """Stop drawing and give the widgets back. The run goes on; what was kept in the notebook stays."""
         self._take_over()
-        for widget in _family(self.widget):
+        for widget in family(self.widget):
             widget.close()
 
     def _follow(self) -> None:
@@ -274,6 +271,7 @@ class LiveView:
         ended = not alive(self.run)  # read before the events, so that an end seen here has all its events below
         self._refresh()
         self._draw(asked, ended)
+        self.when_ended(ended)
         return ended
 
     def _obey(self, command: str) -> None:
@@ -312,12 +310,12 @@ class LiveView:
         return "", ""
 
     def _draw(self, asked: bool, ended: bool) -> None:
-        if ended and self._kept:
+        if ended and self.kept:
             if asked or not self._settled:
                 self._settle()
             return
         if self._settled:  # resumed, by the button or by code
-            for place, content in zip(self._kept, self._waiting(), strict=True):
+            for place, content in zip(self.kept, _empty(self._waiting), strict=True):
                 place.update(content, raw=True)
             self._settled = False
         events = self.run.events()
@@ -337,7 +335,7 @@ class LiveView:
 
     def _settle(self) -> None:
         """Put the final charts and the table where they are saved, and fold the live charts away."""
-        place, table = self._kept
+        place, table = self.kept
         # A renderer that already drew a figure ignores an update: through html, it is made anew.
         place.update({"text/html": "", "text/plain": ""}, raw=True)
         place.update(charts.bundle(self.run.events(), self.view), raw=True)
@@ -362,10 +360,18 @@ def _open(place: widgets.HTML, toggle: widgets.ToggleButton, name: str, text: An
         place.value = f"<pre>{escape(text())}</pre>"
 
 
-def _quiet(text: str) -> str:
-    return f'<div style="opacity:.55;font-size:12px;margin:2px 6px">{text}</div>'
+def places(text: str) -> list[DisplayHandle]:
+    """Display, in this cell, the two plain outputs that become the final charts and the table of a run."""
+    return [handle for place in _empty(text) if (handle := display(place, raw=True, display_id=True))]
 
 
-def _family(widget: widgets.Widget) -> list[widgets.Widget]:
+def _empty(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What stands in the two places while a run goes on: html, never a figure beside the live one."""
+    quiet = f'<div style="opacity:.55;font-size:12px;margin:2px 6px">{escape(text)}</div>' if text else ""
+    return {"text/html": quiet, "text/plain": text}, {"text/html": "", "text/plain": ""}
+
+
+def family(widget: widgets.Widget) -> list[widgets.Widget]:
+    """A widget and everything in it, the innermost first."""
     children = widget.children if isinstance(widget, widgets.Box) else ()
-    return [member for child in children for member in _family(child)] + [widget]
+    return [member for child in children for member in family(child)] + [widget]

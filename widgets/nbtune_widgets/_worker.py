@@ -1,0 +1,66 @@
+"""One background thread for what takes longer than a click: reading a model, reading data, planning, starting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Worker:
+    """Does what it is asked, one thing at a time, in the order asked; of two askings with one key only the later.
+
+    Args:
+        name: Of the thread.
+        on_status: Told what is being done, and "" when there is nothing left to do. On the worker's thread.
+        on_error: Told of the key and the exception of work that failed. On the worker's thread.
+    """
+
+    def __init__(self, name: str, on_status: Callable[[str], None], on_error: Callable[[str, Exception], None]) -> None:
+        self._on_status = on_status
+        self._on_error = on_error
+        self._asked: dict[str, tuple[str, Callable[[], object]]] = {}
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def ask(self, key: str, status: str, work: Callable[[], object]) -> None:
+        """Have `work` done soon; what waits under the same key is forgotten."""
+        with self._changed:
+            self._asked.pop(key, None)
+            self._asked[key] = (status, work)
+            self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until nothing is left to do. Raises TimeoutError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._closed or not (self._asked or self._busy), timeout):
+                raise TimeoutError(f"still at work after {timeout} s: {', '.join(self._asked) or 'on its last task'}")
+
+    def close(self) -> None:
+        """Forget what waits; the thread ends after what it is doing."""
+        with self._changed:
+            self._closed = True
+            self._asked.clear()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                if not self._asked:
+                    self._changed.notify_all()
+                self._changed.wait_for(lambda: self._asked or self._closed)
+                if self._closed:
+                    return
+                key = next(iter(self._asked))
+                status, work = self._asked.pop(key)
+                self._busy = True
+            self._on_status(status)
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - a thread's exception is seen by nobody: hand it on
+                self._on_error(key, error)
+            if not self._asked:
+                self._on_status("")

@@ -1,0 +1,196 @@
+"""A form made from `nbtune.spec.settings()`: one field a setting, with its help, its limits and its error beside it.
+
+    fields = {setting.path: Field(setting) for setting in settings()}
+    fields["training.max_steps"].value = 8      # as if a person had typed it
+    group = Group("Training", list(fields.values()))
+
+Nothing about a setting is written here: what is asked, how it is explained and what is allowed stand in `nbtune.spec`.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Annotated, Any
+
+import ipywidgets as widgets
+import pydantic
+import yaml
+
+from nbtune.spec import Setting
+
+LABEL_WIDTH = "128px"
+_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*,?")
+
+
+class FieldError(ValueError):
+    """What is in a field is no value of its setting."""
+
+
+class Field:
+    """One setting on the screen. `value` is the Python value; setting it, or typing, checks it and calls on_change."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.error = ""
+        self.on_change: Callable[[Field], None] = lambda _: None
+        self._adapter = pydantic.TypeAdapter(_limited(setting))
+        self.control = _control(setting)
+        self.control.observe(lambda _: self._changed(), names="value")
+        self._problem = widgets.HTML(layout=widgets.Layout(display="none", margin=f"0 0 2px {LABEL_WIDTH}"))
+        unit = f' <span class="nt-soft">{escape(setting.unit)}</span>' if setting.unit else ""
+        self._help = widgets.HTML(
+            f'<div class="nt-help">{escape(setting.help)}{unit}</div>',
+            layout=widgets.Layout(flex="1 1 180px", min_width="160px"),
+        )
+        row = widgets.HBox(
+            [self.control, self._help], layout=widgets.Layout(align_items="center", flex_flow="row wrap")
+        )
+        row.add_class("nt-field")
+        self.widget = widgets.VBox([row, self._problem])
+
+    @property
+    def value(self) -> Any:
+        """The value of the setting. Raises FieldError with the reason where what was typed is none."""
+        return self._parsed(self.control.value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        if isinstance(self.control, widgets.Text):
+            self.control.value = _text(value)
+        else:
+            self.control.value = value
+
+    @property
+    def changed(self) -> bool:
+        """Whether it differs from the default; what cannot be read does."""
+        try:
+            return self.value != self.setting.default
+        except FieldError:
+            return True
+
+    def mark(self, reason: str) -> None:
+        """Show why the value will not do; nothing takes the mark away."""
+        self.error = reason
+        self._problem.value = f'<div class="nt-invalid" role="alert">{escape(reason)}</div>' if reason else ""
+        self._problem.layout.display = None if reason else "none"
+        (self.control.add_class if reason else self.control.remove_class)("nt-bad")
+
+    def _changed(self) -> None:
+        try:
+            self._parsed(self.control.value)
+        except FieldError as error:
+            self.mark(str(error))
+        else:
+            self.mark("")
+        self.on_change(self)
+
+    def _parsed(self, shown: Any) -> Any:
+        try:
+            value = _read(shown.strip(), self.setting.type) if isinstance(self.control, widgets.Text) else shown
+            return self._adapter.validate_python(value)
+        except yaml.YAMLError as error:
+            raise FieldError(f"Cannot be read: {str(error).splitlines()[0]}") from error
+        except pydantic.ValidationError as error:
+            raise FieldError(_reason(error)) from error
+
+
+class Group:
+    """Fields under each other: the basic ones, and the advanced ones behind a toggle that counts what was changed."""
+
+    def __init__(self, fields: Sequence[Field], title: str = "") -> None:
+        self.fields = list(fields)
+        basic = [field.widget for field in fields if not field.setting.advanced]
+        self._advanced = [field for field in fields if field.setting.advanced]
+        self.toggle = widgets.ToggleButton(tooltip="Settings that rarely need a change")
+        self.toggle.add_class("nt-link")
+        self.toggle.observe(lambda _: self.refresh(), names="value")
+        self._more = widgets.VBox([field.widget for field in self._advanced])
+        heading = [widgets.HTML(f'<div class="nt-heading">{escape(title)}</div>')] if title else []
+        self.widget = widgets.VBox([*heading, *basic, self.toggle, self._more])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Say how many advanced settings differ from their defaults, and show them if asked or if one is wrong."""
+        changed = sum(field.changed for field in self._advanced)
+        opened = self.toggle.value or any(field.error for field in self._advanced)
+        self.toggle.description = f"{'▾' if opened else '▸'} Advanced" + (f" ({changed} changed)" if changed else "")
+        self.toggle.layout.display = None if self._advanced else "none"
+        self._more.layout.display = None if opened else "none"
+
+
+def _control(setting: Setting) -> widgets.Dropdown | widgets.Checkbox | widgets.Text:
+    """A list for choices, a box for yes and no, and a line of text for the rest: it takes 2e-4 and never clamps."""
+    style = {"description_width": LABEL_WIDTH}
+    tooltip = setting.path
+    if setting.choices is not None:
+        options = [(_choice(choice), choice) for choice in setting.choices]
+        return widgets.Dropdown(
+            options=options, value=setting.default, description=setting.label, style=style, tooltip=tooltip,
+            layout=widgets.Layout(width="290px"))  # fmt: skip
+    if setting.type is bool:
+        return widgets.Checkbox(
+            value=setting.default, description=setting.label, style=style, tooltip=tooltip,
+            layout=widgets.Layout(width="290px"))  # fmt: skip
+    width = "250px" if setting.type in (int, float) else "330px"
+    return widgets.Text(
+        value=_text(setting.default), description=setting.label, continuous_update=False, style=style, tooltip=tooltip,
+        placeholder="none" if _takes(setting.type, type(None)) else "", layout=widgets.Layout(width=width))  # fmt: skip
+
+
+def _choice(choice: Any) -> str:
+    return {True: "yes", False: "no"}[choice] if isinstance(choice, bool) else str(choice).replace("_", " ")
+
+
+def _limited(setting: Setting) -> Any:
+    """The setting's type with its limits, for pydantic to check."""
+    limits = {name: getattr(setting, name) for name in ("ge", "gt", "le", "lt")}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    return Annotated[setting.type, pydantic.Field(**given)] if given else setting.type
+
+
+def _takes(annotation: Any, member: type) -> bool:
+    """Whether a type is `member` or a union with it."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if union else (annotation,)
+    return any(part is member or typing.get_origin(part) is member for part in parts)
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """What a person typed, as plain data: `q_proj, v_proj`, `0, 1, 2`, `q_proj: 4`; an empty line is none."""
+    if not text and _takes(annotation, type(None)):
+        return None
+    if _takes(annotation, dict):
+        return yaml.safe_load("{" + text.strip("{}") + "}")
+    if _takes(annotation, list):
+        # One name is a list of one: as a text it would be a regular expression over whole paths.
+        names = _NAMES.fullmatch(text) and text.lower() != "all-linear"
+        if names or not _takes(annotation, str):
+            return yaml.safe_load("[" + text.strip("[]") + "]")
+    return text
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    return str(value)
+
+
+_REASONS = {
+    "int_parsing": "Must be a whole number",
+    "int_from_float": "Must be a whole number",
+    "float_parsing": "Must be a number",
+}
+
+
+def _reason(error: pydantic.ValidationError) -> str:
+    """The first reason, in the words of a person."""
+    first = error.errors()[0]
+    return _REASONS.get(first["type"]) or first["msg"].replace("Input should", "Must").removeprefix("Value error, ")
