@@ -14,7 +14,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbtune import _files
 from nbtune.errors import AdapterError
@@ -57,15 +57,19 @@ def _keys(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, Adapter, str]]
             yield f"{PREFIX}{path}.{stored}", adapter, name
 
 
-def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-    """Copy tensors, by their keys in the file, into adapters.
+def fill(
+    model: nn.Module, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Copy tensors, by their keys in the file, into the adapters of a base model.
 
-    Raises AdapterError where a tensor has another shape and, if strict, where one is missing or has no place; nothing
-    is copied then.
+    PEFT adds weights of the base where it believes that embeddings have changed; they are passed over if they are equal
+    to the model's. Raises AdapterError where a tensor has another shape and, if strict, where one is missing or has no
+    place; nothing is copied then.
     """
     places = {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
+    base = {f"{PREFIX}{name.replace('.base_layer.', '.')}": value for name, value in model.named_parameters()}
     missing = sorted(places.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - places.keys())
+    unexpected = [key for key in sorted(tensors.keys() - places.keys()) if not _same_base(key, tensors[key], base)]
     common = sorted(places.keys() & tensors.keys())
     wrong = [
         f"{key}: {list(tensors[key].shape)} in the file, {list(places[key].shape)} in the model"
@@ -74,7 +78,10 @@ def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], strict:
     ]
     problems = [_listed("Wrong shape", wrong)]
     if strict:
-        problems += [_listed("Missing", missing), _listed("Unexpected", unexpected)]
+        foreign = [key for key in unexpected if key.replace(".base_layer.", ".") in base]
+        unknown = [key for key in unexpected if key not in foreign]
+        problems += [_listed("Missing", missing), _listed("Unexpected", unknown)]
+        problems += [_listed("A weight of the base model, and not the same as in this one", foreign)]
     if any(problems):
         remedy = "Is it the same base model?" + (" strict=False loads what fits." if strict and not wrong else "")
         raise AdapterError("The adapter does not fit the model", "\n".join(filter(None, problems)), remedy)
@@ -82,6 +89,18 @@ def fill(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], strict:
         for key in common:
             places[key].copy_(tensors[key])
     return LoadResult(missing, unexpected)
+
+
+def _same_base(key: str, tensor: Tensor, base: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of the file is one of the base model's weights, unchanged."""
+    weight = base.get(key.replace(".base_layer.", "."))
+    return weight is not None and weight.shape == tensor.shape and _equal(weight.detach().cpu(), tensor.cpu())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in the lower of their precisions."""
+    lower = a.dtype if torch.finfo(a.dtype).bits < torch.finfo(b.dtype).bits else b.dtype
+    return torch.equal(a.to(lower), b.to(lower))
 
 
 def _listed(what: str, entries: list[str]) -> str:

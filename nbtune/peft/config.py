@@ -140,8 +140,8 @@ class PeftConfig:
         return {"peft_type": self.peft_type, **values, **extra}
 
     def to_json(self) -> str:
-        """The text of adapter_config.json; the same for equal configs."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        """The text of adapter_config.json. Patterns keep their order: the first that matches counts."""
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> PeftConfig:

@@ -128,8 +128,9 @@ class AdapterLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.state = state
-        # For each set of applied names that was met: the module to call, and the adapters to apply to its output.
-        self._plans: dict[tuple[str, ...], tuple[nn.Module, tuple[Adapter, ...]]] = {}
+        # The same adapters again, by what a forward pass does with them; a plain dict costs no attribute look-up.
+        self._by_name: dict[str, Adapter] = {}
+        self._saved: dict[str, nn.Module] = {}
         # The unmerged weight (or module), while adapters are merged; in a tuple, so that it is no parameter of ours.
         self._original: tuple[Any, ...] = ()
 
@@ -143,35 +144,29 @@ class AdapterLayer(nn.Module):
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
-        self._plans.clear()
+        if isinstance(adapter, SavedModule):
+            self._saved[name] = adapter.module
+        else:
+            self._by_name[name] = adapter
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
-        self._plans.clear()
+        self._by_name.pop(name, None)
+        self._saved.pop(name, None)
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if state.rows is not None:
             return self._by_row(x, state.rows, args, kwargs)
-        plan = self._plans.get(state.applied)
-        module, adapters = plan if plan is not None else self._plan(state.applied)
-        y = module(x, *args, **kwargs)
-        for adapter in adapters:
-            y = adapter(x, y)
+        module = self._modules["base_layer"]
+        for name in state.applied if self._saved else ():
+            module = self._saved.get(name, module)
+        y = module(x, *args, **kwargs)  # type: ignore[misc]
+        for name in state.applied:
+            adapter = self._by_name.get(name)  # adapters differ in the layers that they adapt
+            if adapter is not None:
+                y = adapter(x, y)
         return y
-
-    def _plan(self, names: tuple[str, ...]) -> tuple[nn.Module, tuple[Adapter, ...]]:
-        module, adapters = self.base_layer, []
-        for name in names:
-            if name not in self.adapters:  # adapters differ in the layers that they adapt
-                continue
-            adapter = self.adapters[name]
-            if isinstance(adapter, SavedModule):
-                module = adapter.module
-            else:
-                adapters.append(adapter)
-        self._plans[names] = module, tuple(adapters)
-        return self._plans[names]
 
     def _by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if not any(name in self.adapters for name in rows.names):
@@ -180,11 +175,12 @@ class AdapterLayer(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         parts = []
         for name, index in groups:
-            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            if isinstance(adapter, SavedModule):
-                parts.append(adapter.module(x[index], *args, **kwargs))
+            if name in self._saved:
+                parts.append(self._saved[name](x[index], *args, **kwargs))
+            elif name in self._by_name:
+                parts.append(self._by_name[name](x[index], y[index]))
             else:
-                parts.append(y[index] if adapter is None else adapter(x[index], y[index]))
+                parts.append(y[index])
         return torch.cat(parts)[order]
 
     def merge(self, names: Sequence[str]) -> None:
@@ -207,7 +203,6 @@ class AdapterLayer(nn.Module):
             self.base_layer = saved[0]
         else:
             self._merge_weight(mine)
-        self._plans.clear()
 
     @torch.no_grad()
     def _merge_weight(self, adapters: list[Any]) -> None:
@@ -234,7 +229,6 @@ class AdapterLayer(nn.Module):
         else:
             self.base_layer = original
         self._original = ()
-        self._plans.clear()
 
     def keep_merged(self) -> None:
         """Make the merged weight the base weight for good."""

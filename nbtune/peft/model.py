@@ -141,7 +141,7 @@ class PeftModel(nn.Module):
         adapters = inject.build(base, config)
         result = checkpoint.LoadResult([], [])
         if tensors is not None:
-            result = checkpoint.fill(adapters, tensors, strict)
+            result = checkpoint.fill(base, adapters, tensors, strict)
 
         was_active = self._state.active
         if name in self.peft_config:
@@ -430,7 +430,7 @@ def set_peft_model_state_dict(
     """
     model._check_known([adapter_name])
     model._refuse_merged([adapter_name])
-    return checkpoint.fill(model._adapters(adapter_name), state_dict, strict)
+    return checkpoint.fill(model.get_base_model(), model._adapters(adapter_name), state_dict, strict)
 
 
 def _checkpoints(base: nn.Module) -> bool:

@@ -13,11 +13,14 @@ from torch import nn
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """One seed for every test, and no word of transformers' renamed functions."""
+    """One thread, one seed for every test, and no word of transformers' renamed functions."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads only get in each other's way on models as small as these
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
