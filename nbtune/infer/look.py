@@ -1,0 +1,103 @@
+"""How the arena looks: the theme, the style sheet, and the small pieces of HTML that are not Gradio components."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio.themes.utils import colors, sizes
+
+from nbtune.errors import NbtuneError
+from nbtune.infer.chat import View
+
+if TYPE_CHECKING:
+    from nbtune.infer.engine import Finish, Stats
+
+CSS = Path(__file__).with_name("page.css")
+TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
+FINISHED: dict[Finish, str] = {
+    "end_of_turn": "",
+    "max_new_tokens": "cut at the limit",
+    "context": "context full",
+    "stopped": "stopped",
+}
+BLUE = colors.Color(
+    *("#eef3fd", "#dbe6fb", "#bcd0f7", "#94b3f0", "#6b93e6", "#3b6fd4"),
+    *("#2f5fc0", "#274f9f", "#22427f", "#1d3663", "#14243f"),
+)
+_OWN_TIME = "Time spent on this column alone; columns take turns, one token each."
+
+
+def theme() -> gr.themes.Base:
+    """The look of the other nbtune views: grey ground, white cards, one blue; the system's fonts, nothing fetched."""
+    fills = {
+        "body_background_fill": ("#eef0f4", "#0f131a"),
+        "block_background_fill": ("#ffffff", "#171c25"),
+        "background_fill_primary": ("#ffffff", "#171c25"),
+        "border_color_primary": ("#dfe3ea", "#2a3240"),
+        "button_primary_background_fill": ("*primary_500", "*primary_500"),
+        "button_primary_background_fill_hover": ("*primary_600", "*primary_600"),
+        "button_secondary_background_fill": ("#ffffff", "#1d2430"),
+        "input_background_fill": ("#ffffff", "#1d2430"),
+    }
+    values = {name: light for name, (light, _) in fills.items()}
+    values |= {f"{name}_dark": dark for name, (_, dark) in fills.items()}
+    base = gr.themes.Base(
+        primary_hue=BLUE,
+        neutral_hue=colors.slate,
+        text_size=sizes.text_md,
+        radius_size=sizes.radius_md,
+        font=("Inter", "ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "SFMono-Regular", "Menlo", "monospace"),
+    )
+    return base.set(**values)
+
+
+def head(name: str, label: str, view: View | None = None) -> str:
+    """The line above a column: its name, what it is, and what its last answer cost."""
+    live, stats = "", ""
+    if view is not None:
+        finished = view.finished.get(name)
+        live = "" if finished else "<i class='nb-live'></i>"
+        note = f" · <em>{FINISHED[finished]}</em>" if finished and FINISHED[finished] else ""
+        stats = f"<span class='nb-stats' title='{_OWN_TIME}'>{_stats(view.stats.get(name))}{note}</span>"
+    title = f"<b>{html.escape(name)}</b><span class='nb-label'>{html.escape(label)}</span>"
+    return f"<div class='nb-head'>{title}{live}{stats}</div>"
+
+
+def total(view: View) -> str:
+    """Speed of all columns together, as the person who waits sees it."""
+    if not view.stats:
+        return ""
+    speed = f"{view.tokens_per_second:.0f} tokens/s, {view.seconds:.1f} s"
+    return f"<div class='nb-total'>{count(len(view.histories))} together: {speed}</div>"
+
+
+def problem(error: NbtuneError) -> str:
+    parts = " ".join(html.escape(part) for part in (error.message, error.remedy) if part)
+    return f"<div class='nb-notice'><b>{html.escape(error.title)}.</b> {parts}</div>"
+
+
+def chip(text: str) -> str:
+    return f"<span class='nb-chip'>{html.escape(text)}</span>"
+
+
+def count(columns: int) -> str:
+    return "one column" if columns == 1 else f"{columns} columns"
+
+
+def dtype_name(dtype: Any) -> str:
+    """`bf16` for torch.bfloat16."""
+    name = str(dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+
+
+def _stats(stats: Stats | None) -> str:
+    if stats is None or not stats.tokens:
+        return "reading the prompt"
+    first = stats.first_token_seconds
+    shown = f"{first * 1000:.0f} ms" if first < 1 else f"{first:.1f} s"
+    speed = f" · {stats.tokens_per_second:.0f} tokens/s" if stats.tokens_per_second else ""
+    return f"{shown} to first token{speed} · {stats.tokens} tokens"
