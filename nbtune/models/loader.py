@@ -105,12 +105,16 @@ def _prepare_for_training(model: PreTrainedModel) -> None:
     model.set_attn_implementation(attention.NAME)
     # transformers only logs a warning for a model whose attention cannot be chosen, and leaves it as it was.
     if model.config._attn_implementation != attention.NAME:
-        raise ModelError(
-            "This architecture cannot be trained",
-            f"{type(model).__name__} does not let its attention be chosen (transformers' attention interface),"
-            " so packed examples would see each other.",
-            "Choose a model whose code is part of transformers.",
-        )
+        why = "does not let its attention be chosen (transformers' attention interface)"
+    elif model._is_stateful:
+        why = "carries a state from token to token"
+    else:
+        return
+    raise ModelError(
+        "This architecture cannot be trained",
+        f"{type(model).__name__} {why}, so packed examples would see each other.",
+        "Choose a model with attention in all its layers, such as Llama, Qwen3 or SmolLM2.",
+    )
 
 
 def _check_memory(source: Source, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
