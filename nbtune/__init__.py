@@ -1,9 +1,9 @@
 """nbtune: fine-tune language models from a living notebook.
 
-    import nbtune as nt
-    run = nt.train(nt.RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=nt.LoraConfig(r=16)))
-    run.watch()
-    nt.arena("base", run)
+import nbtune as nt
+run = nt.train(nt.RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=nt.LoraConfig(r=16)))
+run.watch()
+nt.arena("base", run)
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbtune.check import Problem, check
     from nbtune.errors import NbtuneError
-    from nbtune.infer import arena
+    from nbtune.infer.arena import arena
+    from nbtune.infer.ask import ask
     from nbtune.peft.config import LoraConfig, PeftConfig
     from nbtune.plan import Plan, plan
     from nbtune.run import Run, runs, train
@@ -37,7 +38,8 @@ _HOME = {
     "RunSpec": "nbtune.spec",
     "TrackingSpec": "nbtune.spec",
     "TrainingSpec": "nbtune.spec",
-    "arena": "nbtune.infer",
+    "arena": "nbtune.infer.arena",
+    "ask": "nbtune.infer.ask",
     "check": "nbtune.check",
     "plan": "nbtune.plan",
     "runs": "nbtune.run",
@@ -58,6 +60,7 @@ __all__ = [
     "TrackingSpec",
     "TrainingSpec",
     "arena",
+    "ask",
     "check",
     "plan",
     "runs",

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nbtune._names import new_id
@@ -40,7 +41,7 @@ def run_demo(runs_dir: Path, *, max_steps: int, chat: bool, console: Console) ->
     _print_summary(run, output, tracking_uri(run.spec.tracking, runs_dir), time.monotonic() - began, console)
     _print_answers(run, console)
     if chat:
-        from nbtune.infer import arena
+        from nbtune.infer.arena import arena
 
         page = arena("base", run)
         console.print(f"[bold]Chat[/]      {page.url}   (Ctrl-C ends it)")
@@ -61,7 +62,13 @@ def _execute(output: Path, parameters: dict[str, object], run_path: Path, consol
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting the notebook", total=None, now="")
         while thread.is_alive():
@@ -72,50 +79,42 @@ def _execute(output: Path, parameters: dict[str, object], run_path: Path, consol
         raise failure[0]
 
 
-def _show(progress: Progress, task: object, run: Run) -> None:
+def _show(progress: Progress, task: TaskID, run: Run) -> None:
     state = run.progress()
     losses = [event["loss"] for event in run.events() if event["type"] == "train"]
     now = ""
     if losses and state.tokens_per_second:
         left = f"  {format_seconds(state.eta_seconds)} left" if state.eta_seconds is not None else ""
-        now = f"step {state.step}/{state.total_steps}  loss {losses[-1]:.2f}  {state.tokens_per_second:.0f} tokens/s{left}"
-    progress.update(task, description=state.message, completed=state.step, total=state.total_steps, now=now)  # pyright: ignore[reportArgumentType]
+        speed = f"{state.tokens_per_second:.0f} tokens/s"
+        now = f"step {state.step}/{state.total_steps}  loss {losses[-1]:.2f}  {speed}{left}"
+    progress.update(task, description=state.message, completed=state.step, total=state.total_steps, now=now)
 
 
 def _print_summary(run: Run, notebook: Path, mlflow_uri: str, seconds: float, console: Console) -> None:
     summary = run.summary()
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    console.print(
-        f"[bold]Held out[/]  loss {before:.2f} → {after:.2f} nats per token ([bold]{after / before - 1:+.0%}[/]) "
+    peak, planned = (format_bytes(summary[f"{key}_peak_bytes"]) for key in ("measured", "planned"))
+    lines = {
+        "Held out": f"loss {before:.2f} → {after:.2f} nats per token ([bold]{after / before - 1:+.0%}[/]) "
         f"in {summary['steps']} steps, {format_seconds(seconds)}",
-        f"[bold]Speed[/]     {summary['train_tokens_per_second']:.0f} tokens/s, "
-        f"peak memory {format_bytes(summary['measured_peak_bytes'])} (planned {format_bytes(summary['planned_peak_bytes'])})",
-        f"[bold]Run[/]       {run.path}",
-        f"[bold]Notebook[/]  {notebook}",
-        f"[bold]MLflow[/]    {mlflow_uri}   (nbtune ui --runs-dir {run.path.parent})",
-        sep="\n",
-        highlight=False,
-        soft_wrap=True,
-    )
+        "Speed": f"{summary['train_tokens_per_second']:.0f} tokens/s, peak memory {peak} (planned {planned})",
+        "Run": str(run.path),
+        "Notebook": str(notebook),
+        "MLflow": f"{mlflow_uri}   (nbtune ui --runs-dir {run.path.parent})",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:<9}[/] {text}", highlight=False, soft_wrap=True)
 
 
 def _print_answers(run: Run, console: Console) -> None:
     """The same questions to the base and to the adapter, greedily."""
-    from nbtune.infer import Engine
-    from nbtune.infer.sampling import Sampling
+    from nbtune.infer.ask import ask
 
     with console.status("asking both models"):
-        engine = Engine(run.spec.model, {run.id: run.adapter_path})
-        answers = {}
-        for question in QUESTIONS:
-            messages = [{"role": "user", "content": question}]
-            texts = {"base": "", run.id: ""}
-            for delta in engine.stream(dict.fromkeys(texts, messages), Sampling(temperature=0.0), max_new_tokens=60):
-                texts[delta.column] += delta.text
-            answers[question] = texts
+        answers = ask(QUESTIONS, "base", run, max_new_tokens=60)
     table = Table(show_lines=True, header_style="bold", width=min(console.width, 140))
     for name in ("question", "base", "after training"):
         table.add_column(name, ratio=1 if name == "question" else 2)
-    for question, texts in answers.items():
-        table.add_row(question, *(text.strip() for text in texts.values()))
-    console.print(table, highlight=False, markup=False)
+    for answer in answers:
+        table.add_row(*(escape(text) for text in answer.values()))
+    console.print(table, highlight=False)

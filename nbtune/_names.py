@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 _COLOURS = (
-    "amber azure brisk calm clear coral cosy dusky early fleet gentle golden hazel indigo ivory jade keen lilac lively "
-    "lucid mellow misty mossy noble ochre opal pearl plain proud quick quiet rosy russet sage sandy silver spry still "
-    "sunny swift tawny tidal umber velvet vivid warm witty"
+    "amber azure brisk calm clear coral cosy dusky early fleet gentle golden hazel indigo ivory jade keen lilac "
+    "lively lucid mellow misty mossy noble ochre opal pearl plain proud quick quiet rosy russet sage sandy silver "
+    "spry still sunny swift tawny tidal umber velvet vivid warm witty"
 ).split()
 _ANIMALS = (
-    "badger bittern crane curlew deer dove egret elk falcon ferret finch fox gecko grebe hare heron ibis jackdaw jay kite "
-    "lark lemur lynx marten merlin mole newt ocelot osprey otter owl panda plover puffin quail raven robin seal shrew "
-    "sparrow stoat stork swift tapir teal tern vole wren"
+    "badger bittern crane curlew deer dove egret elk falcon ferret finch fox gecko grebe hare heron ibis jackdaw "
+    "jay kite lark lemur lynx marten merlin mole newt ocelot osprey otter owl panda plover puffin quail raven robin "
+    "seal shrew sparrow stoat stork swift tapir teal tern vole wren"
 ).split()
 
 

@@ -1,7 +1,7 @@
 """check(spec): what would go wrong, and the remedy, before anything starts.
 
-    for problem in nt.check(spec):
-        print(problem)
+for problem in nt.check(spec):
+print(problem)
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def require(spec: RunSpec, *, runs_dir: str | Path | None = None) -> None:
     if errors:
         first, others = errors[0], errors[1:]
         also = [f"Also: {problem.title}. {problem.remedy}".rstrip() for problem in others]
-        raise NbtuneError(first.title, "\n".join([part for part in (first.message, first.remedy) if part]), "\n".join(also))
+        raise NbtuneError(
+            first.title, "\n".join([part for part in (first.message, first.remedy) if part]), "\n".join(also)
+        )
 
 
 def _problem(error: NbtuneError, setting: str | None) -> Problem:

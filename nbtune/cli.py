@@ -66,7 +66,9 @@ def lab(
 
 @app.command()
 def train(
-    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="A run's settings; `nbtune check` checks them.")],
+    spec_file: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="A run's settings; `nbtune check` checks them.")
+    ],
     runs_dir: RunsDir = None,
     set_: Annotated[list[str], typer.Option("--set", help="Change a setting: learning_rate=1e-4. Repeatable.")] = [],  # noqa: B006
 ) -> None:
@@ -122,16 +124,20 @@ def runs(runs_dir: RunsDir = None) -> None:
 
 @app.command()
 def arena(
-    run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs or adapter folders; the base is always there.")],
+    run_ids: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs or adapter folders; the base is always there.")
+    ],
     runs_dir: RunsDir = None,
     port: Annotated[int | None, typer.Option(help="Port of the page; default the first free one from 7860.")] = None,
 ) -> None:
     """Chat with the base model and adapters side by side."""
-    from nbtune.infer import arena as open_arena
+    from nbtune.infer.arena import arena as open_arena
     from nbtune.run import Run
 
     folder = _folder(runs_dir)
-    columns = [name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=folder) for name in run_ids]
+    columns = [
+        name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=folder) for name in run_ids
+    ]
     page = open_arena("base", *columns, runs_dir=folder, port=port)
     console.print(f"Chat: {page.url}   (Ctrl-C ends it)")
     page.wait()
@@ -150,7 +156,18 @@ def ui(
     uri = tracking_uri(TrackingSpec(), folder)
     initialise(uri, folder)
     console.print(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C ends it)")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 
@@ -209,7 +226,9 @@ def _spec(file: Path, changes: list[str]):  # noqa: ANN202 - RunSpec, imported w
 def _print_summary(summary: dict[str, object]) -> None:
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if isinstance(before, float) and isinstance(after, float):
-        console.print(f"Held-out loss {before:.3f} → {after:.3f} nats per token ({after / before - 1:+.0%})", highlight=False)
+        console.print(
+            f"Held-out loss {before:.3f} → {after:.3f} nats per token ({after / before - 1:+.0%})", highlight=False
+        )
     console.print(f"{summary['id']}: {summary['status']}", highlight=False)
 
 

@@ -6,6 +6,7 @@ notebook's own defaults overwrite what was passed. `execute` refuses both before
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
 import shutil
@@ -29,7 +30,9 @@ def packaged(name: str) -> Path:
     folder = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
     path = folder / name
     if not path.is_file():
-        raise NotebookError(f"nbtune has no notebook {name!r}", "", f"It has {sorted(p.name for p in folder.glob('*.ipynb'))}.")
+        raise NotebookError(
+            f"nbtune has no notebook {name!r}", "", f"It has {sorted(p.name for p in folder.glob('*.ipynb'))}."
+        )
     return path
 
 
@@ -47,8 +50,6 @@ def parameters(path: Path) -> dict[str, Any]:
 
     Raises NotebookError where there is not exactly one cell tagged `parameters`.
     """
-    import ast
-
     import nbformat
 
     if not path.is_file():
@@ -63,16 +64,19 @@ def parameters(path: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = {}
     for statement in ast.parse(tagged[0].source).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if isinstance(statement, ast.AnnAssign):
-            targets = [statement.target]
-        for target in targets:
-            if isinstance(target, ast.Name):
-                try:
-                    found[target.id] = ast.literal_eval(statement.value)  # pyright: ignore[reportAttributeAccessIssue]
-                except ValueError:
-                    found[target.id] = None
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            found.update(dict.fromkeys(names, _literal(statement.value)))
     return found
+
+
+def _literal(expression: ast.expr) -> Any:
+    """The plain value that an expression spells out; None where it has to be computed."""
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        return None
 
 
 def check_parameters(path: Path, values: Mapping[str, Any]) -> None:

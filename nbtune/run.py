@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from nbtune import _files
 from nbtune._names import new_id
 from nbtune.check import require
-from nbtune.errors import NbtuneError, RunError
+from nbtune.errors import RunError
 from nbtune.spec import RunSpec
 from nbtune.train.events import Event, EventLog, read_events
 
@@ -151,7 +151,9 @@ class Run:
         pace = sum(event["tokens"] / event["tokens_per_second"] for event in recent) / len(recent) if recent else None
         status = self.status
         left = (total - step) * pace if status == "running" and total is not None and pace is not None else None
-        return Progress(step, total, left, recent[-1]["tokens_per_second"] if recent else None, _message(status, events))
+        return Progress(
+            step, total, left, recent[-1]["tokens_per_second"] if recent else None, _message(status, events)
+        )
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of `log.txt`."""
@@ -348,7 +350,9 @@ def _log_line(event: Event) -> str:
     fields = {key: value for key, value in event.items() if key not in ("time", "type")}
     if event["type"] in ("status", "warning"):
         return f"{clock} {'warning: ' if event['type'] == 'warning' else ''}{event['message']}"
-    shown = "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+    shown = "  ".join(
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+    )
     return f"{clock} {event['type']}: {shown}"
 
 

@@ -70,7 +70,9 @@ class ModelSpec(_Part):
     )
     revision: str | None = _field(None, help="Branch, tag or commit of a hub model.", advanced=True)
     dtype: Dtype = _field(
-        "auto", help="Precision of the base weights; auto is bfloat16 where this machine computes it well.", advanced=True
+        "auto",
+        help="Precision of the base weights; auto is bfloat16 where this machine computes it well.",
+        advanced=True,
     )
     trust_remote_code: bool = _field(
         False, help="Run Python code that comes with the model. Only for a source you trust.", advanced=True
@@ -134,12 +136,19 @@ class TrainingSpec(_Part):
     max_length: int = _field(
         512, help="Longest row; longer examples are cut at the end.", unit="tokens", ge=8, sweepable=True
     )
-    packing: bool = _field(True, help="Fill each row with several examples; each still sees only itself.", advanced=True)
+    packing: bool = _field(
+        True, help="Fill each row with several examples; each still sees only itself.", advanced=True
+    )
     lr_scheduler_type: Scheduler = _field(
         "cosine", help="How the learning rate falls after the warm-up.", label="Schedule", sweepable=True
     )
     warmup_ratio: float = _field(
-        0.05, help="Share of the steps in which the learning rate rises from zero.", ge=0, lt=1, advanced=True, sweepable=True
+        0.05,
+        help="Share of the steps in which the learning rate rises from zero.",
+        ge=0,
+        lt=1,
+        advanced=True,
+        sweepable=True,
     )
     weight_decay: float = _field(0.0, help="AdamW weight decay.", ge=0, lt=1, advanced=True, sweepable=True)
     max_grad_norm: float = _field(1.0, help="Clip the gradient's norm to this; 0 does not clip.", ge=0, advanced=True)
@@ -156,7 +165,9 @@ class TrainingSpec(_Part):
         20, help="Write a checkpoint every so many steps; 0 only at the end.", unit="steps", ge=0, advanced=True
     )
     save_total_limit: int = _field(2, help="Checkpoints to keep.", ge=1, advanced=True)
-    seed: int = _field(0, help="Seed of the adapter's first weights, of dropout and of the order of rows.", ge=0, sweepable=True)
+    seed: int = _field(
+        0, help="Seed of the adapter's first weights, of dropout and of the order of rows.", ge=0, sweepable=True
+    )
 
 
 class TrackingSpec(_Part):
@@ -331,11 +342,13 @@ def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:  # identity of the file (peft_type, task_type, ...), not a choice
             continue
-        made = field.default_factory is not dataclasses.MISSING
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         yield Setting(
             path=f"method.{field.name}",
             type=hints[field.name],
-            default=field.default_factory() if made else field.default,
+            default=default,
             **{"label": _label(field.name), **field.metadata},
         )
 
@@ -368,4 +381,6 @@ def _rows_of(value: Any) -> list[Row]:
         return typing.cast("list[Row]", value.to_list())
     if isinstance(value, Sequence) and all(isinstance(row, Mapping) for row in value):
         return [dict(row) for row in value]
-    raise ValueError(f"data is a {type(value).__name__}; give a path, a name, a list of dicts, a DataFrame or a Dataset")
+    raise ValueError(
+        f"data is a {type(value).__name__}; give a path, a name, a list of dicts, a DataFrame or a Dataset"
+    )

@@ -6,6 +6,8 @@ the sum of their squares; a T x T block mask costs the square of their sum, 5 to
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -67,7 +69,7 @@ def packed_attention(
     borders = cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     outputs = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         mask = _window_mask(end - start, sliding_window, query.device)
         outputs.append(

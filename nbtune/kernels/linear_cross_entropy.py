@@ -8,7 +8,9 @@ each chunk's gradient is made while its logits are still there, so that the back
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk
@@ -45,6 +47,39 @@ def linear_cross_entropy(
     divisor = max(len(rows), 1) if num_items is None else num_items
     chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, divisor, softcap, scale, chunk)
+
+
+def head_cross_entropy(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    vocabulary: int,
+    num_items: int | Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """`linear_cross_entropy` for a head that is more than a matrix, such as one with adapters.
+
+    `head` maps hidden states [N, D] to logits [N, `vocabulary`]; the rest is as there. Each chunk of logits is made
+    again in the backward pass, so that only one is held at a time.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    hidden, labels = hidden[rows], labels[rows]
+    divisor = max(len(rows), 1) if num_items is None else num_items
+    chunk = max(1, chunk_bytes // (4 * vocabulary))
+
+    def loss_of(x: Tensor, target: Tensor) -> Tensor:
+        logits = head(x).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return cross_entropy(logits, target, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for x, target in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + checkpoint(loss_of, x, target, use_reentrant=False)
+    return total / divisor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -89,12 +124,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         )
         return loss / divisor
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_output):  # noqa: ANN001, ANN205 # pyright: ignore[reportIncompatibleMethodOverride]
         grads = (None if saved is None else saved * grad_output.to(saved.dtype) for saved in ctx.saved_tensors)
         return (*grads, None, None, None, None, None)

@@ -1,10 +1,10 @@
 """Checkpoints: everything that a resume needs, in safetensors and JSON.
 
-    checkpoints/step-00000020/
-        weights.safetensors     the trained parameters, by name, as they are in memory
-        optimizer.safetensors   AdamW's averages and step counts, by parameter name
-        state.json              the step; with the spec's seed it fixes the learning rate, the data position and the
-                                random numbers, which are all functions of (seed, step)
+checkpoints/step-00000020/
+weights.safetensors     the trained parameters, by name, as they are in memory
+optimizer.safetensors   AdamW's averages and step counts, by parameter name
+state.json              the step; with the spec's seed it fixes the learning rate, the data position and the
+random numbers, which are all functions of (seed, step)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def save(folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimi
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first. One that was being written when the process died has another name."""
+    """The checkpoints under `folder`, oldest first. One that a kill left half written has another name."""
     return sorted(folder.glob("step-*"))
 
 

@@ -36,8 +36,8 @@ class EventLog:
 def read_events(run_path: Path, *, all_lives: bool = False) -> list[Event]:
     """The events of the run at `run_path`, oldest first.
 
-    After a resume, the steps of the earlier life past the checkpoint no longer count and are left out; `all_lives` keeps
-    them, in the order in which they were written. A last line without its end, as a kill leaves it, is not read.
+    After a resume, the steps of the earlier life past the checkpoint no longer count and are left out; `all_lives`
+    keeps them, in the order in which they were written. A last line without its end, as a kill leaves it, is not read.
     """
     path = run_path / FILE
     if not path.exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nbtune.data import Batch, Batches
+from nbtune.data import Batch, Batches, Example, collate
+from nbtune.data.packing import IGNORED
 from nbtune.errors import NbtuneError
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
@@ -38,34 +39,46 @@ class Outcome:
     stopped: bool
 
 
-@dataclass(frozen=True)
 class Schedule:
     """How many optimiser steps there are, and which micro-batches each consumes."""
 
-    batches: Batches
-    training: TrainingSpec
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.batches.per_epoch / self.training.gradient_accumulation_steps)
-
-    @property
-    def total_steps(self) -> int:
-        if self.training.max_steps > 0:
-            return self.training.max_steps
-        return max(1, math.ceil(self.training.num_train_epochs * self.steps_per_epoch))
+    def __init__(self, examples: Sequence[Example], training: TrainingSpec) -> None:
+        self._examples = examples
+        self._accumulation = training.gradient_accumulation_steps
+        self._batches = Batches(
+            examples,
+            training.per_device_train_batch_size,
+            training.max_length,
+            packing=training.packing,
+            seed=training.seed,
+        )
+        self.steps_per_epoch = self._batches.steps_per_epoch(self._accumulation)
+        epochs = training.num_train_epochs * self.steps_per_epoch
+        self.total_steps = training.max_steps if training.max_steps > 0 else max(1, math.ceil(epochs))
+        self._epoch: tuple[int, list[list[list[int]]]] | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of the 0-based optimiser `step`; the last step of an epoch may have fewer."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        size = self.training.gradient_accumulation_steps
-        return self.batches.epoch(epoch)[index * size : (index + 1) * size]
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._batches.epoch(epoch)
+        start = index * self._accumulation
+        return [self._collate(rows) for rows in self._epoch[1][start : start + self._accumulation]]
+
+    def _collate(self, rows: list[list[int]]) -> Batch:
+        return collate([[self._examples[index] for index in row] for row in rows])
+
+
+def eval_batches(examples: Sequence[Example], training: TrainingSpec) -> list[Batch]:
+    """The held-out examples, packed whatever `training.packing` says: packing is exact, and quicker."""
+    batches = Batches(examples, training.per_device_train_batch_size, training.max_length)
+    return [collate([[examples[index] for index in row] for row in rows]) for rows in batches.in_order()]
 
 
 def train(
     loss_model: CausalLMLoss,
-    batches: Batches,
-    eval_batches: list[Batch],
+    schedule: Schedule,
+    held_out: list[Batch],
     training: TrainingSpec,
     *,
     checkpoints: Path,
@@ -78,14 +91,14 @@ def train(
 
     Args:
         loss_model: The model and its loss, on the CPU or the device that `accelerate` chooses.
-        batches: The training rows, in an order that depends on (seed, epoch) alone.
-        eval_batches: The held-out rows; may be empty.
+        schedule: The training batches of every step.
+        held_out: The held-out batches; may be empty.
         training: The settings.
         checkpoints: Folder for checkpoints.
         compute_dtype: Precision of the forward pass; trained fp32 weights are cast to it on the fly (autocast).
         memory: Follows the memory of the run.
         on_event: Told what happens; see docs/architecture.md for the events.
-        should_stop: Asked before every forward pass. The step in progress is given up, so the checkpoint is of whole steps.
+        should_stop: Asked before every forward pass. The step in progress is given up: checkpoints are of whole steps.
 
     Raises:
         NbtuneError: The loss is no longer a number.
@@ -94,7 +107,6 @@ def train(
     device = accelerator.device
     parameters = {name: p for name, p in loss_model.named_parameters() if p.requires_grad}
     optimizer = adamw(parameters.items(), training)
-    schedule = Schedule(batches, training)
     total_steps = schedule.total_steps
 
     start = 0
@@ -103,16 +115,16 @@ def train(
     model, optimizer = accelerator.prepare(loss_model, optimizer)
     precision = _precision(loss_model, device, compute_dtype)
 
-    loss_model.verify(**_probe(batches, device))
+    loss_model.verify(**_probe(schedule, device))
     if start == 0:
-        _evaluate(model, eval_batches, precision, start, on_event)
+        _evaluate(model, held_out, precision, start, on_event)
     done, stopped = start, False
 
     model.train()
     for step in range(start, total_steps):
         began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
-        num_items = sum(batch.supervised_tokens for batch in micro_batches)
+        num_items = sum(_supervised(batch) for batch in micro_batches)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total_steps, training)
 
@@ -128,6 +140,7 @@ def train(
             break
 
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
+        assert grad_norm is not None
         optimizer.step()
         optimizer.zero_grad()
         _require_finite(float(loss), step + 1)
@@ -152,7 +165,7 @@ def train(
         )
         last = done == total_steps
         if last or (training.eval_steps and done % training.eval_steps == 0):
-            _evaluate(model, eval_batches, precision, done, on_event)
+            _evaluate(model, held_out, precision, done, on_event)
         if not last and training.save_steps and done % training.save_steps == 0:
             _save(checkpoints, done, parameters, optimizer, training, on_event)
     _save(checkpoints, done, parameters, optimizer, training, on_event)
@@ -163,20 +176,20 @@ def train(
 @torch.no_grad()
 def _evaluate(
     model: nn.Module,
-    eval_batches: list[Batch],
+    held_out: list[Batch],
     precision: Callable[[], AbstractContextManager[Any]],
     step: int,
     on_event: OnEvent,
 ) -> None:
     """Report the loss per labelled token over the held-out rows, if there are any."""
-    if not eval_batches:
+    if not held_out:
         return
     began = time.perf_counter()
     device = next(model.parameters()).device
-    total = sum(batch.supervised_tokens for batch in eval_batches)
+    total = sum(_supervised(batch) for batch in held_out)
     model.eval()
     with precision():
-        loss = sum(float(model(**_tensors(batch, device), num_items=total)) for batch in eval_batches)
+        loss = sum(float(model(**_tensors(batch, device), num_items=total)) for batch in held_out)
     model.train()
     on_event({"type": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began})
 
@@ -199,19 +212,23 @@ def _tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
         "input_ids": batch.input_ids.to(device),
         "labels": batch.labels.to(device),
         "position_ids": batch.position_ids.to(device),
-        "cu_seq_lens": batch.cu_seq_lens.to(device),
+        "cu_seq_lens": batch.cu_seq_lens,  # read on the host, once a layer
         "max_length": batch.max_length,
     }
 
 
-def _probe(batches: Batches, device: torch.device) -> dict[str, Any]:
+def _supervised(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
+
+
+def _probe(schedule: Schedule, device: torch.device) -> dict[str, Any]:
     """The first tokens of the first batch: enough to see that a model's logits are what the loss assumes."""
-    input_ids = batches.epoch(0)[0].input_ids[:, :16].to(device)
+    input_ids = schedule.micro_batches(0)[0].input_ids[:, :16].to(device)
     length = input_ids.shape[1]
     return {
         "input_ids": input_ids,
         "position_ids": torch.arange(length, device=device)[None],
-        "cu_seq_lens": torch.tensor([0, length], dtype=torch.int32, device=device),
+        "cu_seq_lens": torch.tensor([0, length], dtype=torch.int32),
         "max_length": length,
     }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nbtune.errors import ModelError
 from nbtune.kernels.linear_cross_entropy import linear_cross_entropy
-from nbtune.peft import AdapterLayer
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
 SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
@@ -26,6 +27,7 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model = model
         config = model.config.get_text_config().to_dict()
+        self.vocabulary = config["vocab_size"]
         self.softcap = config.get(SOFTCAP)
         self.scale = (config.get(SCALE) or 1.0) / (config.get(DIVISOR) or 1.0)
 
@@ -49,30 +51,25 @@ class CausalLMLoss(nn.Module):
             num_items: Labelled tokens of the whole accumulated batch.
         """
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
-        weight, bias = self._head()
-        return linear_cross_entropy(
-            hidden[0, :-1], weight, labels[0, 1:], bias=bias, num_items=num_items, softcap=self.softcap, scale=self.scale
-        )
+        hidden, labels = hidden[0, :-1], labels[0, 1:]  # each token predicts the next; segments begin with -100
+        head = self.model.get_output_embeddings()
+        options: dict[str, Any] = {"num_items": num_items, "softcap": self.softcap, "scale": self.scale}
+        if type(head) is nn.Linear:
+            return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, **options)
+        return head_cross_entropy(head, hidden, labels, vocabulary=self.vocabulary, **options)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
         return self.model.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **_segments(cu_seq_lens, max_length)
         ).last_hidden_state  # [1, T, D]
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        head = self.model.get_output_embeddings()
-        if isinstance(head, AdapterLayer):
-            return head.effective_weight(), head.base_layer.bias
-        return head.weight, head.bias
-
     @torch.no_grad()
     def verify(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> None:
         """Raise ModelError where this model's logits are not what the loss above assumes."""
         segments = {"position_ids": position_ids, **_segments(cu_seq_lens, max_length)}
         theirs = self.model(input_ids=input_ids, use_cache=False, **segments).logits.float()
-        weight, bias = self._head()
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
-        ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.scale
+        ours = self.model.get_output_embeddings()(hidden).float() * self.scale
         if self.softcap is not None:
             ours = self.softcap * torch.tanh(ours / self.softcap)
         tolerance = 0.05 * theirs.abs().max().clamp(min=1.0)  # bf16 resolves about 1 part in 128

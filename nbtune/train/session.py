@@ -14,15 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from nbtune import _files
-from nbtune.data import Batches, Dataset, load_examples
-from nbtune.data.packing import eval_batches
+from nbtune.data import Dataset, load_examples
 from nbtune.models import LoadedModel, compute_dtype, default_device, load
 from nbtune.peft import PeftModel, get_peft_model
 from nbtune.plan import plan
 from nbtune.spec import RunSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event, read_events
-from nbtune.train.loop import Outcome, Schedule, train
+from nbtune.train.loop import Outcome, Schedule, eval_batches, train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release
 from nbtune.train.tracking import MlflowFollower
@@ -64,20 +63,13 @@ def _train(
         on_event({"type": "warning", "message": f"{count} rows were left out: {reason}"})
 
     adapted = _attach(loaded.model, spec)
-    training = spec.training
-    batches = Batches(
-        dataset.train,
-        batch_size=training.per_device_train_batch_size,
-        max_length=training.max_length,
-        packing=training.packing,
-        seed=training.seed,
-    )
-    on_event(_start_event(spec, loaded, dataset, Schedule(batches, training)))
+    schedule = Schedule(dataset.train, spec.training)
+    on_event(_start_event(spec, loaded, dataset, schedule))
     outcome = train(
         CausalLMLoss(loaded.model),
-        batches,
-        eval_batches(dataset.eval, training.per_device_train_batch_size * training.max_length),
-        training,
+        schedule,
+        eval_batches(dataset.eval, spec.training),
+        spec.training,
         checkpoints=checkpoints,
         compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
         memory=memory,

@@ -1,13 +1,14 @@
 """MLflow follows a run: its params, metrics, data, adapter and files, never in the way of training.
 
 A thread of its own reads the run's folder and reports what is new, so a slow or a lost server costs the training
-nothing. How far it came is kept in `mlflow.json`; whatever a server missed is sent when the run is resumed, or by `sync`.
+nothing. How far it came is kept in `mlflow.json`; what a server missed is sent when the run is resumed, or by `sync`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
@@ -62,6 +63,8 @@ def initialise(uri: str, runs_dir: Path) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
+    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # each table it creates is a line in the notebook
     runs_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(runs_dir / ".mlflow.lock"):
         client = MlflowClient(tracking_uri=uri)

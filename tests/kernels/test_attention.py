@@ -49,7 +49,9 @@ def test_equals_a_dense_block_mask_in_value_and_gradient(window):
 @pytest.mark.parametrize("feature", [{"softcap": 30.0}, {"s_aux": torch.zeros(6)}])
 def test_refuses_what_it_does_not_compute(feature):
     with pytest.raises(ModelError, match="not supported"):
-        packed_attention(nn.Module(), heads(6, 32), heads(2, 32), heads(2, 32), None, cu_seq_lens_q=borders(), **feature)
+        packed_attention(
+            nn.Module(), heads(6, 32), heads(2, 32), heads(2, 32), None, cu_seq_lens_q=borders(), **feature
+        )
 
 
 def test_refuses_to_run_without_segments():
@@ -65,7 +67,8 @@ def test_packed_logits_equal_those_of_each_example_alone(config):
     kind = getattr(transformers, config)
     small = kind(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=None if config == "LlamaConfig" else 7,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        sliding_window=None if config == "LlamaConfig" else 7,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(small, attn_implementation="sdpa").eval()

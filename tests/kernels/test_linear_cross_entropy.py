@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from nbtune.kernels.linear_cross_entropy import linear_cross_entropy
+from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
 
 N, D, V = 37, 16, 101
 
@@ -28,7 +28,9 @@ def reference(hidden, weight, labels, bias=None, num_items=None, softcap=None, s
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_items": 50}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 5.0, "scale": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items": 50}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 5.0, "scale": 2.0}]
+)
 def test_value_and_gradients_equal_autograd_in_fp64(options, with_bias):
     hidden, weight, bias, labels = inputs()
     chunk_bytes = 4 * V * 5  # five rows: several chunks, the last one partial
@@ -80,3 +82,17 @@ def test_accumulated_parts_equal_the_whole():
         linear_cross_entropy(hidden[s : s + 10], weight, labels[s : s + 10], num_items=items) for s in range(0, N, 10)
     )
     assert parts.item() == pytest.approx(linear_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+
+
+def test_a_head_that_is_a_module_gives_the_same_loss_and_gradients():
+    hidden, weight, bias, labels = inputs()
+    head = torch.nn.Linear(D, V).double()
+    head.load_state_dict({"weight": weight, "bias": bias})
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = head_cross_entropy(head, ours, labels, vocabulary=V, chunk_bytes=4 * V * 5, softcap=4.0, num_items=50)
+    expected = linear_cross_entropy(theirs, weight, labels, bias=bias, softcap=4.0, num_items=50)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    assert head.weight.grad is not None

@@ -1,0 +1,252 @@
+"""Runs on the real 135M model: what they write, how they stop, resume, die and fail."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import nbtune as nt
+from nbtune.errors import NbtuneError, RunError
+from nbtune.models import load
+from nbtune.run import Run, runs
+from nbtune.spec import ModelSpec, RunSpec
+
+ROWS = [
+    {"instruction": f"Say the number {n} in English.", "output": word}
+    for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+]
+SMALL = {
+    "max_steps": 4, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+    "eval_steps": 2, "save_steps": 2, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def spec(**training):
+    return RunSpec(
+        data=ROWS,
+        method=nt.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "down_proj"]),
+        training=SMALL | training,
+        tracking={"mlflow": False},
+    ).updated(eval_fraction=0.2)
+
+
+def losses(run):
+    return [event["loss"] for event in run.events() if event["type"] == "train"]
+
+
+def adapter_bytes(run):
+    return (run.adapter_path / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run."""
+    return nt.train(spec(), runs_dir=tmp_path_factory.mktemp("runs")).wait()
+
+
+def test_a_run_writes_what_it_promises(finished):
+    assert finished.status == "finished"
+    names = {path.name for path in finished.path.iterdir()}
+    assert {"spec.yaml", "events.jsonl", "log.txt", "checkpoints", "adapter", "summary.json"} <= names
+    summary = json.loads((finished.path / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == summary["total_steps"] == 4
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["train_tokens_per_second"] > 0
+    assert summary["trainable_parameters"] == 30 * 4 * (576 + 576 + 1536 + 576)
+    assert 0.5e9 < summary["measured_peak_bytes"] < 8e9
+    assert 0.5e9 < summary["planned_peak_bytes"] < 8e9
+    assert [event["step"] for event in finished.events() if event["type"] == "eval"] == [0, 2, 4]
+
+
+def test_the_first_learning_rates_are_those_of_the_schedule(finished):
+    rates = [event["learning_rate"] for event in finished.events() if event["type"] == "train"]
+    assert rates[0] == 0
+    assert rates[1] == pytest.approx(1e-3)
+
+
+def test_the_adapter_gives_the_same_logits_in_peft(finished):
+    import peft
+
+    from nbtune.peft import PeftModel
+
+    ids = torch.arange(100, 140)[None]
+    ours = PeftModel.from_pretrained(load(ModelSpec(dtype="float32")).model, finished.adapter_path)
+    theirs = peft.PeftModel.from_pretrained(load(ModelSpec(dtype="float32")).model, finished.adapter_path)
+    base = load(ModelSpec(dtype="float32")).model
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        assert (ours(ids).logits - base(ids).logits).abs().max() > 1e-3
+
+
+def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(finished, tmp_path):
+    run = nt.train(spec(), runs_dir=tmp_path)
+    while run.progress().step < 1:
+        time.sleep(0.02)
+    run.stop()
+    run.wait()
+    assert run.status == "stopped"
+    stopped_at = len(losses(run))
+    assert 1 <= stopped_at < 4
+    assert run.adapter_path.exists()
+    assert Run.open(run.path).status == "stopped"
+
+    again = Run.open(run.path).resume().wait()
+    assert again.status == "finished"
+    assert losses(again) == losses(finished)
+    assert adapter_bytes(again) == adapter_bytes(finished)
+
+
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(finished, tmp_path):
+    code = f"""
+import nbtune as nt
+from nbtune.spec import RunSpec
+nt.train(RunSpec.from_yaml({str(finished.path / "spec.yaml")!r}), runs_dir={str(tmp_path)!r}, run_id="victim").wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    events = tmp_path / "victim" / "events.jsonl"
+    deadline = time.monotonic() + 240
+    while not (events.exists() and '"step": 3' in events.read_text()):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    run = Run.open("victim", runs_dir=tmp_path)
+    assert run.status == "interrupted"
+    run.resume().wait()
+    assert losses(run) == losses(finished)
+    assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    before = adapter_bytes(finished), finished.events()
+    assert Run.open(finished.path).resume().status == "finished"
+    assert (adapter_bytes(finished), finished.events()) == before
+
+
+def test_a_run_that_another_process_trains_cannot_be_resumed_here(finished):
+    from filelock import FileLock
+
+    with FileLock(finished.path / ".lock"), pytest.raises(RunError, match="another process"):
+        Run.open(finished.path)._start()
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
+    small = spec(max_steps=2).updated(lora_dropout=0.0, dtype="float32", warmup_ratio=0.0, packing=False)
+    one = nt.train(small.updated(per_device_train_batch_size=1, gradient_accumulation_steps=4), runs_dir=tmp_path)
+    all_at_once = small.updated(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert losses(one.wait()) == pytest.approx(losses(nt.train(all_at_once, runs_dir=tmp_path).wait()), rel=1e-5)
+
+
+def test_full_fine_tuning_writes_a_model_that_transformers_loads(tmp_path):
+    full = spec(max_steps=2, learning_rate=1e-4).model_copy(update={"method": "full"})
+    run = nt.train(full, runs_dir=tmp_path).wait()
+    assert run.summary()["trainable_parameters"] == run.summary()["total_parameters"]
+    tuned = AutoModelForCausalLM.from_pretrained(run.path / "model", dtype=torch.float32)
+    base = load(ModelSpec(dtype="float32")).model
+    changed = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
+    assert all(changed)
+    with pytest.raises(RunError, match="no adapter"):
+        _ = run.adapter_path
+
+
+def test_gradient_checkpointing_changes_no_loss(finished, tmp_path):
+    run = nt.train(spec(gradient_checkpointing=True), runs_dir=tmp_path).wait()
+    assert losses(run) == pytest.approx(losses(finished), rel=1e-3)
+
+
+def test_a_failure_in_the_thread_is_kept_shown_and_raised(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(sys.modules["nbtune.train.session"], "load", broken)
+    run = nt.train(spec(), runs_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="on fire"):
+        run.wait()
+    assert run.status == "failed"
+    assert "on fire" in run.progress().message
+    assert "on fire" in run.error
+    assert "Traceback" in run.log_tail(50)
+    again = Run.open(run.path)
+    assert again.status == "failed"
+    with pytest.raises(RunError, match="on fire"):
+        again.wait()
+    monkeypatch.undo()
+    assert again.resume().wait().status == "finished"
+
+
+def test_memory_is_given_back(tmp_path):
+    code = f"""
+import psutil, nbtune as nt
+from nbtune.spec import RunSpec
+from nbtune.models import load
+from nbtune.train import session
+spec = RunSpec.from_dict({spec().to_dict()!r})
+rows = {ROWS!r}
+spec = RunSpec(data=rows, method=spec.method, training=spec.training, tracking=spec.tracking)
+nt.check(spec)
+before = psutil.Process().memory_info().rss
+run = nt.train(spec, runs_dir={str(tmp_path)!r}).wait()
+print((psutil.Process().memory_info().rss - before) / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 150  # MB; the model alone is 270
+
+
+def test_opening_by_name_and_listing(finished):
+    folder = finished.path.parent
+    assert Run.open(finished.id[-6:], runs_dir=folder).path == finished.path
+    assert [run.id for run in runs(folder)] == [finished.id]
+    with pytest.raises(RunError, match="Known runs"):
+        Run.open("nobody", runs_dir=folder)
+
+
+BAD = {
+    "missing file": ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
+    "broken line": ({"data": '{"instruction": "a", "output": "b"}\n{"instruction": '}, "line 2"),
+    "no answer": ({"data": '{"messages": [{"role": "user", "content": "hi"}]}\n'}, "assistant"),
+    "empty": ({"data": ""}, "empty"),
+    "unknown target": ({"method": {"target_modules": ["q_porj"]}}, "q_proj"),
+    "rank zero": ({"method": {"r": 0}}, "r"),
+    "too long": ({"training": {"max_length": 9000}}, "8192"),
+    "unknown model": ({"model": "no-such-model"}, "no-such-model"),
+    "mlflow": ({"tracking": {"tracking_uri": "http://127.0.0.1:9"}}, "127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_left_behind(tmp_path, name):
+    values, message = BAD[name]
+    if "\n" in values.get("data", "") or values.get("data") == "":
+        (tmp_path / "data.jsonl").write_text(values["data"])
+        values = {"data": str(tmp_path / "data.jsonl")}
+    runs_dir = tmp_path / "runs"
+    with pytest.raises(NbtuneError, match=message) as caught:
+        nt.train(RunSpec.from_dict({"data": {"source": "stdlib-docs"}, **values}), runs_dir=runs_dir)
+    assert "Traceback" not in str(caught.value)
+    assert not runs_dir.exists()
+
+
+def test_an_unwritable_runs_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NbtuneError, match="runs folder cannot be written"):
+        nt.train(spec(), runs_dir=tmp_path / "file" / "runs")
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", ""])
+def test_a_run_cannot_be_named_out_of_its_folder(tmp_path, name):
+    with pytest.raises(RunError, match="cannot name a run"):
+        nt.train(spec(), runs_dir=tmp_path / "runs", run_id=name)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_never_overwritten(finished):
+    with pytest.raises(RunError, match="already"):
+        nt.train(spec(), runs_dir=finished.path.parent, run_id=finished.id)
