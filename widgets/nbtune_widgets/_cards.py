@@ -103,12 +103,16 @@ def sums(planned: Plan, spec: RunSpec) -> str:
     free, training = planned.available_bytes, spec.training
     about = f" · about {duration(planned.seconds)}" if planned.seconds is not None else ""
     packed = ", packed" if training.packing else ""
-    steps = f"{training.max_steps:,} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    steps = f"{training.max_steps:,} steps" if training.max_steps > 0 else _epochs(training.num_train_epochs)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return (
         f'<div class="nt-right"><div class="nt-b">{gigabytes(planned.peak_bytes)} of {gigabytes(free)}{about}</div>'
         f'<div class="nt-soft nt-small">{steps} of {rows} x {training.max_length} tokens{packed}</div></div>'
     )
+
+
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch" + ("" if count == 1 else "s")
 
 
 def problem(found: Problem) -> str:
@@ -128,7 +132,7 @@ def python(spec: RunSpec) -> str:
         arguments.append('    method="full",')
     else:
         changes = _differences(spec.method.to_dict(), type(spec.method)().to_dict())
-        arguments.append(f"    method=nt.{type(spec.method).__name__}({_keywords(changes)}),")
+        arguments.append(f"    method={_call(f'nt.{type(spec.method).__name__}', changes)},")
     for part in ("training", "tracking"):
         changes = _changes(spec, part)
         if changes:
@@ -142,7 +146,7 @@ def _part(spec: RunSpec, part: str, key: str, cls: str) -> str:
     changes = _changes(spec, part)
     value = spec.to_dict()[part][key]
     changes.pop(key, None)
-    return f"{cls}({_keywords({key: value, **changes})})" if changes else repr(value)
+    return _call(cls, {key: value, **changes}) if changes else repr(value)
 
 
 def _changes(spec: RunSpec, part: str) -> dict[str, Any]:
@@ -153,8 +157,21 @@ def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _keywords(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+def _call(name: str, arguments: dict[str, Any]) -> str:
+    """name(a=1, b=2), one argument a line where that is long."""
+    parts = [f"{key}={_literal(value)}" for key, value in arguments.items()]
+    line = f"{name}({', '.join(parts)})"
+    if len(line) < 80:
+        return line
+    return f"{name}(\n" + "".join(f"        {part},\n" for part in parts) + "    )"
+
+
+def _literal(value: Any) -> str:
+    """As a person writes it: a run of numbers as a range."""
+    numbers = isinstance(value, list) and len(value) > 3 and all(isinstance(item, int) for item in value)
+    if numbers and value == list(range(value[0], value[-1] + 1)):
+        return f"list(range({value[0]}, {value[-1] + 1}))"
+    return repr(value)
 
 
 def pre(text: str) -> str:

@@ -22,7 +22,7 @@ CSS = """
  margin:4px 2px;overflow:hidden}
 .nbtune .nt-name{font-size:15px;font-weight:600;color:var(--nt-ink)}
 .nbtune .nt-row{display:flex;align-items:center;flex-wrap:wrap;gap:2px 10px}
-.nbtune .nt-controls{gap:2px 14px}
+.nbtune .nt-controls{gap:2px 8px}
 .nbtune .nt-soft{color:var(--nt-soft)} .nbtune .nt-small{font-size:12px}
 .nbtune .nt-b{font-weight:600;color:var(--nt-ink)}
 .nbtune .nt-chip{display:inline-block;border:1px solid var(--nt-line);border-radius:12px;padding:1px 10px;
@@ -43,7 +43,8 @@ CSS = """
 .nbtune button.jupyter-button:disabled{opacity:.45}
 .nbtune button.jupyter-button.nt-primary{background:var(--nt-blue);border-color:var(--nt-blue);color:#fff;
  font-weight:600}
-.nbtune button.jupyter-button.nt-link{border-color:transparent;background:transparent;color:var(--nt-soft);
+.nbtune button.jupyter-button.nt-link{border-color:transparent;width:auto;align-self:flex-start;
+ background:transparent;color:var(--nt-soft);
  font-size:12px;padding:0 6px}
 .nbtune button.jupyter-button.nt-link.mod-active{color:var(--nt-blue)}
 .nbtune .nt-bar .progress,.nbtune.nt-bar .progress{border:0;border-radius:4px;height:8px;background:var(--nt-wash)}
@@ -59,6 +60,7 @@ CSS = """
  background-repeat:no-repeat!important}
 .nbtune .widget-readout,.nbtune .jupyter-widget-readout{min-width:32px;width:32px}
 .nbtune .widget-readout,.nbtune .jupyter-widget-readout{color:var(--nt-soft);font-size:12px}
+.nbtune .nt-head .widget-html,.nbtune .nt-head .widget-html-content{height:auto;line-height:1.45}
 .nbtune .nt-head{border-bottom:1px solid var(--nt-line);padding-bottom:8px;gap:2px}
 .nbtune button.jupyter-button.nt-step{border-color:transparent;background:transparent;border-radius:16px;
  color:var(--nt-soft);padding:0 12px}
@@ -95,6 +97,7 @@ CSS = """
  max-height:260px;overflow-y:auto}
 .nbtune .nt-t0{color:var(--nt-soft)} .nbtune .nt-t1{background:rgba(47,148,97,.20);border-radius:2px}
 .nbtune .nt-tE{background:rgba(47,148,97,.48);border-radius:2px}
+.nbtune .nt-layers .widget-readout{min-width:60px;width:60px}
 .nbtune .nt-foot{border-top:1px solid var(--nt-line);padding-top:12px;gap:8px 20px}
 .nbtune .nt-buttons{margin-left:auto;gap:2px}
 .nbtune .nt-parts{display:flex;height:20px;border-radius:5px;overflow:hidden;background:var(--nt-wash)}

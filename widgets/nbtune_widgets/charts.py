@@ -105,7 +105,7 @@ def panels(events: Iterable[Event], view: View) -> list[Panel]:
         Panel("Tokens/s", f"{speed[-1][1]:,.0f}" if speed else "", [Trace("tokens/s", speed, BLUE)],
               right, top, compact, from_zero=True),
         Panel("Learning rate", f"{rate[-1][1]:.2g}" if rate else "", [Trace("learning rate", rate, SLATE)],
-              middle, bottom, number, from_zero=True),
+              middle, bottom, scientific, from_zero=True),
         Panel("Gradient norm", number(norm[-1][1]) if norm else "", [Trace("gradient norm", norm, SLATE)],
               right, bottom, number, log=view.log, from_zero=not view.log),
     ]  # fmt: skip
@@ -132,6 +132,8 @@ def figure(drawn: Sequence[Panel]) -> dict[str, Any]:
         data += [_plotly_trace(trace, suffix) for trace in panel.traces if trace.points]
         layout[f"xaxis{suffix}"] = _axis(domain=panel.x, anchor=f"y{suffix}", range=list(panel.steps), showgrid=False,
                                          nticks=6, ticklabelstandoff=4, showticklabels=panel.y[0] == 0)  # fmt: skip
+        if panel.steps[1] - panel.steps[0] <= 6:
+            layout[f"xaxis{suffix}"]["dtick"] = 1  # there is no step 1.5
         layout[f"yaxis{suffix}"] = _axis(domain=panel.y, anchor=f"x{suffix}", gridcolor=GRID, **_vertical(panel))
         layout["annotations"].append(
             {
@@ -175,6 +177,11 @@ def number(value: float) -> str:
 def compact(value: float) -> str:
     """A tick label: 800, 1.2k, 35k."""
     return f"{value / 1000:.3g}k" if value >= 1000 else f"{value:.3g}"
+
+
+def scientific(value: float) -> str:
+    """A tick label for small numbers: 2e-4."""
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 0.01 else number(value)
 
 
 def _series(events: Sequence[Event], key: str, scale: float = 1.0) -> list[Point]:
@@ -261,9 +268,12 @@ def _vertical(panel: Panel) -> dict[str, Any]:
         return settings
     if panel.from_zero:
         settings["range"] = [0, (max(values) or 1.0) * 1.12]
+    if panel.tick is scientific:
+        settings["tickvals"] = nice_ticks(0, max(values), 2)
+        settings["ticktext"] = [scientific(value) for value in settings["tickvals"]]
     if panel.tick is compact:
         settings["tickformat"] = "~s"
-    return settings | {"exponentformat": "e"}
+    return settings
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

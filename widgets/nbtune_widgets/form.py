@@ -40,10 +40,10 @@ class Field:
         self._adapter = pydantic.TypeAdapter(_limited(setting))
         self.control = _control(setting)
         self.control.observe(lambda _: self._changed(), names="value")
-        self._problem = widgets.HTML(layout=widgets.Layout(display="none", margin=f"0 0 2px {LABEL_WIDTH}"))
-        unit = f' <span class="nt-soft">{escape(setting.unit)}</span>' if setting.unit else ""
+        self._problem = widgets.HTML(layout=widgets.Layout(display="none", margin="0 0 2px 138px"))
+        unit = f"{escape(setting.unit)} · " if setting.unit else ""
         self._help = widgets.HTML(
-            f'<div class="nt-help">{escape(setting.help)}{unit}</div>',
+            f'<div class="nt-help">{unit}{escape(setting.help)}</div>',
             layout=widgets.Layout(flex="1 1 180px", min_width="160px"),
         )
         row = widgets.HBox(
@@ -101,7 +101,7 @@ class Field:
 class Group:
     """Fields under each other: the basic ones, and the advanced ones behind a toggle that counts what was changed."""
 
-    def __init__(self, fields: Sequence[Field], title: str = "") -> None:
+    def __init__(self, fields: Sequence[Field]) -> None:
         self.fields = list(fields)
         basic = [field.widget for field in fields if not field.setting.advanced]
         self._advanced = [field for field in fields if field.setting.advanced]
@@ -109,8 +109,7 @@ class Group:
         self.toggle.add_class("nt-link")
         self.toggle.observe(lambda _: self.refresh(), names="value")
         self._more = widgets.VBox([field.widget for field in self._advanced])
-        heading = [widgets.HTML(f'<div class="nt-heading">{escape(title)}</div>')] if title else []
-        self.widget = widgets.VBox([*heading, *basic, self.toggle, self._more])
+        self.widget = widgets.VBox([*basic, self.toggle, self._more])
         self.refresh()
 
     def refresh(self) -> None:
@@ -135,7 +134,7 @@ def _control(setting: Setting) -> widgets.Dropdown | widgets.Checkbox | widgets.
         return widgets.Checkbox(
             value=setting.default, description=setting.label, style=style, tooltip=tooltip,
             layout=widgets.Layout(width="290px"))  # fmt: skip
-    width = "250px" if setting.type in (int, float) else "330px"
+    width = "250px" if setting.type in (int, float) else "430px"
     return widgets.Text(
         value=_text(setting.default), description=setting.label, continuous_update=False, style=style, tooltip=tooltip,
         placeholder="none" if _takes(setting.type, type(None)) else "", layout=widgets.Layout(width=width))  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +72,11 @@ class LiveRun(Protocol):
 
 def alive(run: LiveRun) -> bool:
     return run.status in ("created", "running")
+
+
+def short_name(run: LiveRun) -> str:
+    """The part of a run's id that a person remembers: amber-heron of 20261122-071349-amber-heron."""
+    return re.sub(r"^\d{8}-\d{6}-", "", run.id)
 
 
 def progress_line(progress: Progress) -> str:
@@ -140,10 +146,10 @@ class LiveView:
         narrow = {"description_width": "initial"}
         self.window = widgets.Dropdown(
             options=[("all steps", None), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
-            description="window", style=narrow, layout=widgets.Layout(width="150px"))  # fmt: skip
+            description="window", style=narrow, layout=widgets.Layout(width="145px"))  # fmt: skip
         self.smoothing = widgets.FloatSlider(
             value=charts.View.smoothing, min=0, max=0.99, step=0.01, description="smoothing", continuous_update=False,
-            style=narrow, layout=widgets.Layout(width="190px"))  # fmt: skip
+            style=narrow, layout=widgets.Layout(width="170px"))  # fmt: skip
         self.log_scale, self.freeze = (_check_box(name) for name in ("log scale", "freeze"))
         self.freeze.tooltip = "Keep the charts still, to zoom and to read"
         self.log_toggle = widgets.ToggleButton(description="▸ log", tooltip="The last lines of the run's log")
@@ -175,9 +181,19 @@ class LiveView:
         self.kept = places(self._waiting)
         self._settled = False
 
+    def keep_in(self, kept: list[DisplayHandle]) -> None:
+        """Use places, made by `places`, of another cell."""
+        self.kept = kept
+        self._clear_kept()
+
+    def _clear_kept(self) -> None:
+        for place, content in zip(self.kept, _empty(self._waiting), strict=bool(self.kept)):
+            place.update(content, raw=True)
+        self._settled = False
+
     @property
     def _waiting(self) -> str:
-        return f"{self.run.id}: the finished charts will be kept here."
+        return f"{short_name(self.run)}: the finished charts will be kept here."
 
     def _ipython_display_(self) -> None:
         self.show()
@@ -303,6 +319,7 @@ class LiveView:
         said_at, text, kind = self._note
         if said_at == status:
             return text, kind
+        self._note = ("", "", "")
         if status == "failed":
             return f"The run failed: {self.run.error or 'the reason is in its log'}", "error"
         if status == "interrupted":
@@ -315,9 +332,7 @@ class LiveView:
                 self._settle()
             return
         if self._settled:  # resumed, by the button or by code
-            for place, content in zip(self.kept, _empty(self._waiting), strict=True):
-                place.update(content, raw=True)
-            self._settled = False
+            self._clear_kept()
         events = self.run.events()
         drawn = (len(events), events[-1].get("time") if events else None, self.view)
         due = asked or ended or time.monotonic() - self._pushed_at >= PUSH_SECONDS

@@ -18,6 +18,7 @@ from nbtune.spec import DataSpec, RunSpec, settings
 from nbtune_widgets.form import Field, FieldError, Group
 
 FULL = "full"
+TARGETS = "method.target_modules"
 PARTS = ("model", "data", "training", "tracking")
 
 
@@ -43,7 +44,10 @@ class SpecForm:
             for kind in PeftType
         }
         self.groups = {part: Group([f for f in self._common.values() if f.setting.part == part]) for part in PARTS}
-        self._method_groups = {kind: Group(list(fields.values())) for kind, fields in self._of_method.items()}
+        self._method_groups = {
+            kind: Group([field for path, field in fields.items() if path != TARGETS])
+            for kind, fields in self._of_method.items()
+        }
         for fields in (self._common, *self._of_method.values()):
             for field in fields.values():
                 field.on_change = self._changed
@@ -55,7 +59,7 @@ class SpecForm:
 
     @property
     def method_group(self) -> Group | None:
-        """The fields of the chosen method; None for "full"."""
+        """The fields of the chosen method but TARGETS, which stands below the map; None for "full"."""
         return self._method_groups.get(self.method)
 
     @property

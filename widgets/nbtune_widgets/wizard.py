@@ -29,7 +29,7 @@ from nbtune_widgets._summary import method_name
 from nbtune_widgets._worker import Worker
 from nbtune_widgets.form import Field
 from nbtune_widgets.modules import ModulePicker
-from nbtune_widgets.specform import FULL, SpecForm, config
+from nbtune_widgets.specform import FULL, TARGETS, SpecForm, config
 
 if TYPE_CHECKING:
     from nbtune.check import Problem
@@ -106,7 +106,9 @@ class Wizard:
             set_class(button, "nt-on", on=kind == name)
         group = self.form.method_group
         self._method_fields.children = [group.widget] if group is not None else []
-        self.picker.widget.layout.display = "none" if group is None else None
+        targets = [self.fields[TARGETS].widget] if TARGETS in self.fields else []
+        self._modules.children = [self.picker.widget, *targets]
+        self._modules.layout.display = None if targets else "none"
         self._react("method")
 
     def go(self, step: int) -> None:
@@ -138,9 +140,8 @@ class Wizard:
         if self.view is not None:
             self.view.close()
         self.run = run
-        # The button outlives the view, which closes what is in it.
         self.view = live.LiveView(run)
-        self.view.kept = self._places
+        self.view.keep_in(self._places)
         self.view.when_ended = self._ended
         self.compare_button.layout.display = "none"
         self.chat.value = ""
@@ -155,7 +156,7 @@ class Wizard:
             raise RunError("There is no run to compare", "", "Press Start first.")
         self.arena = opened = arena("base", self.run)
         link = f'<a href="{opened.url}" target="_blank" rel="noopener">{opened.url}</a>'
-        both = f"The base model and {escape(self.run.id)} answer, side by side, at {link}"
+        both = f"The base model and {escape(live.short_name(self.run))} answer, side by side, at {link}"
         self.chat.value = f'<div class="nt-problem nt-info">{both}</div>'
         self._fine("compare")
         return opened
@@ -176,13 +177,13 @@ class Wizard:
         display(self.widget)
         self._places = live.places("")
         if self.view is not None:
-            self.view.kept = self._places
+            self.view.keep_in(self._places)
 
     # -- the pages ---------------------------------------------------------------------------------------------------
 
     def _pages(self) -> list[widgets.DOMWidget]:
         groups = self.form.groups
-        tracking = widgets.HTML('<div class="nt-heading">Tracking</div>')
+        tracking = widgets.HTML('<div class="nt-heading">Tracking</div>', layout=widgets.Layout(margin="8px 0 0"))
         return [
             widgets.VBox([groups["model"].widget, self._model_card]),
             widgets.VBox([groups["data"].widget, self._data_card]),
@@ -199,10 +200,11 @@ class Wizard:
         cards = widgets.HBox(list(self.methods.values()), layout=widgets.Layout(flex_flow="row wrap"))
         self._method_fields = widgets.VBox()
         heading = widgets.HTML('<div class="nt-heading">Method</div>')
-        grow = widgets.Layout(flex="1 1 320px", min_width="0")
-        left = widgets.VBox([heading, cards, self._method_fields], layout=grow)
-        self.picker.widget.layout = widgets.Layout(flex="1 1 400px", min_width="0")
-        page = widgets.HBox([left, self.picker.widget], layout=widgets.Layout(flex_flow="row wrap"))
+        left = widgets.VBox(
+            [heading, cards, self._method_fields], layout=widgets.Layout(flex="1 1 330px", min_width="0")
+        )
+        self._modules = widgets.VBox(layout=widgets.Layout(flex="2 1 420px", min_width="0"))
+        page = widgets.HBox([left, self._modules], layout=widgets.Layout(flex_flow="row wrap"))
         page.add_class("nt-columns")
         return page
 
@@ -241,7 +243,7 @@ class Wizard:
         """The map was clicked: the fields say so, and everything follows from them."""
         # Layers first away: beside a regular expression PEFT does not take them.
         self.fields["method.layers_to_transform"].value = layers
-        self.fields["method.target_modules"].value = kinds
+        self.fields[TARGETS].value = kinds
 
     def _react(self, part: str) -> None:
         """Have the worker read again what depends on a part."""
@@ -297,7 +299,7 @@ class Wizard:
 
         if self._skeleton is None or self.form.method == FULL:
             return
-        field = self.fields["method.target_modules"]
+        field = self.fields[TARGETS]
         try:
             method = PeftConfig.from_dict({"peft_type": self.form.method, **self.form.values("method")})
             paths = find_targets(self._skeleton, method) if isinstance(method, LayerConfig) else []
