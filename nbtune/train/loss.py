@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nbtune.errors import ModelError
-from nbtune.kernels.linear_cross_entropy import linear_cross_entropy
+from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
 SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
@@ -52,7 +52,10 @@ class CausalLMLoss(nn.Module):
         """
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
         hidden, labels = hidden[0, :-1], labels[0, 1:]  # each token predicts the next; segments begin with -100
+        if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into an autograd.Function
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.model.get_output_embeddings()
+        assert head is not None
         options: dict[str, Any] = {"num_items": num_items, "softcap": self.softcap, "scale": self.scale}
         if type(head) is nn.Linear:
             return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, **options)
@@ -69,7 +72,9 @@ class CausalLMLoss(nn.Module):
         segments = {"position_ids": position_ids, **_segments(cu_seq_lens, max_length)}
         theirs = self.model(input_ids=input_ids, use_cache=False, **segments).logits.float()
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
-        ours = self.model.get_output_embeddings()(hidden).float() * self.scale
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        ours = head(hidden).float() * self.scale
         if self.softcap is not None:
             ours = self.softcap * torch.tanh(ours / self.softcap)
         tolerance = 0.05 * theirs.abs().max().clamp(min=1.0)  # bf16 resolves about 1 part in 128

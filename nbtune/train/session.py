@@ -91,7 +91,7 @@ def _model_spec(spec: RunSpec):  # noqa: ANN202 - ModelSpec
 def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:
     """The adapter on `model`, with first weights that the seed fixes; None where every weight is trained."""
     if spec.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.method == "full":
         return None
     with torch.random.fork_rng(devices=[]):
