@@ -67,9 +67,12 @@ def fill(
     place; nothing is copied then.
     """
     places = {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
-    base = {f"{PREFIX}{name.replace('.base_layer.', '.')}": value for name, value in model.named_parameters()}
     missing = sorted(places.keys() - tensors.keys())
-    unexpected = [key for key in sorted(tensors.keys() - places.keys()) if not _same_base(key, tensors[key], base)]
+    unexpected = sorted(tensors.keys() - places.keys())
+    base: dict[str, Tensor] = {}
+    if unexpected:
+        base = {f"{PREFIX}{name.replace('.base_layer.', '.')}": value for name, value in model.named_parameters()}
+        unexpected = [key for key in unexpected if not _same_base(key, tensors[key], base)]
     common = sorted(places.keys() & tensors.keys())
     wrong = [
         f"{key}: {list(tensors[key].shape)} in the file, {list(places[key].shape)} in the model"

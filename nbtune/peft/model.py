@@ -182,13 +182,15 @@ class PeftModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """The base model, inside the block. Merged adapters are taken out for as long and put back exactly."""
         enabled, merged = self._state.enabled, self._state.merged
-        self.unmerge_adapter()
+        if merged:
+            self.unmerge_adapter()
         self._state.update(enabled=False)
         try:
             yield
         finally:
             self._state.update(enabled=enabled)
-            self._merge(merged)
+            if merged:
+                self._merge(merged)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Where it was the only active one, the first of the others becomes active."""
@@ -359,8 +361,10 @@ class PeftModel(nn.Module):
         if names is None:
             yield
             return
-        if isinstance(names, str):
-            raise AdapterError("Not a list", f"adapter_names is {names!r}.", "Give a list with one name per row.")
+        if isinstance(names, str) or not names:
+            raise AdapterError(
+                "Not a list of names", f"adapter_names is {names!r}.", "Give a list with one name per row."
+            )
         self._check_known([name for name in names if name != BASE])
         self._refuse_merged(self._state.merged)
         if self.training and torch.is_grad_enabled() and _checkpoints(self.get_base_model()):

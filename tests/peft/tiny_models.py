@@ -18,7 +18,7 @@ def llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=96, max_position_embeddings=64, pad_token_id=0, **sizes, **heads, **changes)
+    config = LlamaConfig(vocab_size=96, max_position_embeddings=64, pad_token_id=0, **{**sizes, **heads, **changes})
     return LlamaForCausalLM(config).eval()
 
 
