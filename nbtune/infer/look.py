@@ -41,6 +41,8 @@ def theme() -> gr.themes.Base:
         "button_primary_background_fill_hover": ("*primary_600", "*primary_600"),
         "button_secondary_background_fill": ("#ffffff", "#1d2430"),
         "input_background_fill": ("#ffffff", "#1d2430"),
+        "input_border_color": ("#dfe3ea", "#2a3240"),
+        "input_border_width": ("1px", "1px"),
     }
     values = {name: light for name, (light, _) in fills.items()}
     values |= {f"{name}_dark": dark for name, (_, dark) in fills.items()}
@@ -98,6 +100,8 @@ def _stats(stats: Stats | None) -> str:
     if stats is None or not stats.tokens:
         return "reading the prompt"
     first = stats.first_token_seconds
-    shown = f"{first * 1000:.0f} ms" if first < 1 else f"{first:.1f} s"
-    speed = f" · {stats.tokens_per_second:.0f} tokens/s" if stats.tokens_per_second else ""
-    return f"{shown} to first token{speed} · {stats.tokens} tokens"
+    parts = [f"{first * 1000:.0f} ms to first token" if first < 1 else f"{first:.1f} s to first token"]
+    if stats.tokens_per_second:
+        parts.append(f"{stats.tokens_per_second:.0f} tokens/s")
+    parts.append(f"{stats.tokens} tokens")
+    return " · ".join(f"<span>{part}</span>" for part in parts)
