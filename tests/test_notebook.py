@@ -29,7 +29,12 @@ def test_exactly_one_parameters_cell(tmp_path, tags):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"rr": 1}, "no parameter 'rr'"), ({"r": "8"}, "of type str"), ({"r": True}, "of type bool"), ({"r": {1}}, "is a set")],
+    [
+        ({"rr": 1}, "no parameter 'rr'"),
+        ({"r": "8"}, "of type str"),
+        ({"r": True}, "of type bool"),
+        ({"r": {1}}, "is a set"),
+    ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, values, message):
     path = notebook(tmp_path / "a.ipynb", "r = 8\nopen('ran', 'w')")

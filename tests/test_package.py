@@ -29,7 +29,7 @@ def test_every_public_name_is_there():
 def test_functions_stay_functions_after_their_modules_are_imported():
     import nbtune.check
     import nbtune.plan
-    import nbtune.train.events  # noqa: F401
+    import nbtune.train.events
 
     assert all(callable(getattr(nbtune, name)) for name in ("check", "plan", "train"))
 

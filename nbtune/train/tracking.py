@@ -191,7 +191,7 @@ class _Reporter:
         inputs = [
             DatasetInput(
                 Dataset(
-                    name=data.source,
+                    name=f"{data.source}:{part}",  # MLflow takes one name and digest for one dataset
                     digest=digest[:36],
                     source_type="nbtune",
                     source=json.dumps(data.model_dump(mode="json")),

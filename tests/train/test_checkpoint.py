@@ -50,7 +50,11 @@ def test_only_the_newest_are_kept_and_half_written_ones_are_not_seen(tmp_path):
 def test_nothing_but_safetensors_and_json_is_written(tmp_path):
     _, parameters, optimizer = trained()
     path = checkpoint.save(tmp_path, 1, parameters, optimizer, keep=1)
-    assert sorted(file.name for file in path.iterdir()) == ["optimizer.safetensors", "state.json", "weights.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "optimizer.safetensors",
+        "state.json",
+        "weights.safetensors",
+    ]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
