@@ -154,7 +154,8 @@ def _held_out(chats: Sequence[Chat], fraction: float, seed: int) -> list[bool]:
 
 def _key(chat: Chat, seed: int) -> bytes:
     """The same for chats that differ in white space or case only."""
-    text = " ".join(json.dumps(chat.messages, sort_keys=True, ensure_ascii=False, default=str).casefold().split())
+    messages = [m | {"content": " ".join(m.get("content", "").casefold().split())} for m in chat.messages]
+    text = json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
 
 

@@ -29,6 +29,15 @@ _KNOWN = (
     "Known forms: alpaca (instruction, input, output), prompt_completion (prompt, completion)"
     " and messages (a list of role and content)."
 )
+_KINDS = {
+    "bool": "true or false",
+    "dict": "an object",
+    "float": "a number",
+    "int": "a number",
+    "list": "a list",
+    "str": "text",
+}
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns beside the text
 _HINTS = {
     "conversations": "Chats in a `conversations` column (ShareGPT) must be rewritten to `messages` first.",
     "chosen": "Preference pairs (`chosen`, `rejected`) are not examples to imitate.",
@@ -95,6 +104,7 @@ def convert(rows: Sequence[Mapping[str, Any]], form: str, where: str) -> Convert
     empty = 0
     for number, row in enumerate(rows, start=1):
         try:
+            _check_text_only(row)
             chat = convert_one(row)
         except _Unusable as reason:
             problems.setdefault(str(reason), []).append(number)
@@ -122,6 +132,12 @@ def _unusable(problems: Mapping[str, Sequence[int]], total: int, where: str) -> 
     return DataError(
         f"{count:,} of {total:,} rows cannot be used", f"{where}: " + "; ".join(lines) + ".", "Mend or remove them."
     )
+
+
+def _check_text_only(row: Mapping[str, Any]) -> None:
+    for column in _MEDIA:
+        if row.get(column) is not None and not _is_null(row[column]) and row[column] not in ("", []):
+            raise _Unusable(f"it has {column} beside its text")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Chat:
@@ -250,8 +266,7 @@ def _is_empty(chat: Chat) -> bool:
 
 
 def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return {"dict": "an object", "list": "a list", "bool": "true or false"}.get(name, f"a {name}")
+    return _KINDS.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def _list(names: Iterable[str]) -> str:

@@ -58,7 +58,12 @@ def read_file(path: Path) -> list[Row]:
             f"{path} is not one of {', '.join(_READERS)}.",
             "Save the rows as .jsonl: one JSON object per line.",
         )
-    rows = reader(path)
+    try:
+        rows = reader(path)
+    except OSError as error:
+        raise DataError(
+            "The data cannot be read", f"{path}: {error.strerror or error}.", "Check who may read it, and the disk."
+        ) from error
     if not rows:
         raise DataError("The data is empty", f"{path} has no rows.", "Name a file with rows.")
     return rows
@@ -119,6 +124,8 @@ def _json_lines(path: Path, text: str) -> list[Row]:
 
 def _read_csv(path: Path) -> list[Row]:
     text = _text(path)
+    if not text.strip():
+        return []
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     csv.field_size_limit(1 << 30)  # the limit of 128 kB is for a field; long texts are larger
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -1,8 +1,9 @@
 """Questions and answers about Python's standard library, made on the spot from its own docstrings and signatures.
 
 Real text that is on every machine: `stdlib-docs` needs no download. Modules written in Python are parsed, not imported
-(nothing runs, nothing prints); a fixed list of modules written in C is inspected. The same Python gives the same rows,
-in the same order. Whole top-level modules are held out and no answer occurs twice: nothing leaks into the evaluation.
+(nothing runs, nothing prints); a fixed list of modules written in C is inspected, in a process of its own. The same
+Python gives the same rows, in the same order. Whole top-level modules are held out and no answer occurs twice, so that
+nothing leaks into the evaluation.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib
 import inspect
+import json
 import re
+import subprocess
 import sys
 import sysconfig
-import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nbtune.errors import DataError
 
@@ -38,13 +39,6 @@ _ALIASES = {
     "_pydecimal": "decimal",
     "_weakrefset": "weakref",
 }
-
-# Written in C, importable without side effects, and the same in every process.
-_INSPECTED = (
-    "array", "binascii", "builtins", "cmath", "collections", "csv", "datetime", "errno", "functools", "gc", "io",
-    "itertools", "marshal", "math", "operator", "os", "pickle", "re", "select", "socket", "sqlite3", "struct", "sys",
-    "time", "unicodedata", "weakref", "zlib",
-)  # fmt: skip
 
 _ABOUT = {
     "module": ("What is the Python module `{name}` for?", "What does Python's `{name}` module provide?"),
@@ -294,37 +288,16 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> 
 
 
 def _inspected() -> Iterator[_Entry]:
-    for module_name in _INSPECTED:
-        module = importlib.import_module(module_name)
-        for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or not _belongs(value, module_name):
-                continue
-            public = name if module_name == "builtins" else f"{module_name}.{name}"
-            yield from _object_entries(value, module_name, public)
-
-
-def _belongs(value: Any, module: str) -> bool:
-    """Whether a C function or class is this module's own; its private twin (`_io`, `posix`) counts as itself."""
-    if isinstance(value, types.BuiltinFunctionType | type):
-        home = value.__module__ or module
-        return home in (module, f"_{module}") or (module == "os" and home == "posix")
-    return False
-
-
-def _object_entries(value: Any, module: str, name: str) -> Iterator[_Entry]:
-    if not isinstance(value, type):
-        yield _Entry(module, name, "function", value.__doc__, _text_signature(value))
-        return
-    if "__dict__" in vars(value) and value.__module__ != "builtins":
-        return  # a class written in Python: already parsed
-    yield _Entry(module, name, "class", value.__doc__, None)
-    for inner, member in sorted(vars(value).items()):
-        if isinstance(member, types.MethodDescriptorType | types.ClassMethodDescriptorType) and inner[0] != "_":
-            yield _Entry(module, f"{name}.{inner}", "method", member.__doc__, _text_signature(member))
-
-
-def _text_signature(value: Any) -> str | None:
-    text = value.__text_signature__
-    if not text or "<" in text:  # "<unrepresentable>" defaults
-        return None
-    return re.sub(r"\(\$?(self|type|module|cls)(, /)?(, )?", "(", text)
+    script = Path(__file__).with_name("_inspect_stdlib.py")
+    # -I -S: no environment variables, no site-packages, nothing that could change what is inspected.
+    process = subprocess.run(  # noqa: S603 - this interpreter, on a file of this package
+        [sys.executable, "-I", "-S", str(script)], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    if process.returncode != 0:
+        raise DataError(
+            "stdlib-docs cannot be made here",
+            f"{sys.executable} ended with status {process.returncode}: {process.stderr[-200:]}",
+            "Name a data file instead.",
+        )
+    for entry in json.loads(process.stdout):
+        yield _Entry(*entry)
