@@ -60,11 +60,12 @@ class Lora(Adapter):
         if B.dtype is not y.dtype:
             B = B.to(y.dtype)
         out, r = B.shape
-        hidden = F.linear(x, A).view(-1, r)  # [tokens, r]
+        hidden = F.linear(x, A).reshape(-1, r)  # [tokens, r]
         # addmm scales and accumulates in the matmul itself: no activation-sized product, no separate addition.
-        if torch.is_grad_enabled():
-            return torch.addmm(y.reshape(-1, out), hidden, B.t(), alpha=self.scaling).view(y.shape)
-        return y.reshape(-1, out).addmm_(hidden, B.t(), alpha=self.scaling).view(y.shape)
+        if torch.is_grad_enabled() or not y.is_contiguous():
+            return torch.addmm(y.reshape(-1, out), hidden, B.t(), alpha=self.scaling).view_as(y)
+        y.view(-1, out).addmm_(hidden, B.t(), alpha=self.scaling)
+        return y
 
     def delta_weight(self) -> Tensor:
         """Return s B A, [out, in]."""
