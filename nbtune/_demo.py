@@ -35,7 +35,8 @@ def run_demo(runs_dir: Path, *, max_steps: int, chat: bool, console: Console) ->
     _execute(output, {"max_steps": max_steps, "runs_dir": str(runs_dir), "run_id": run_id}, runs_dir / run_id, console)
     run = Run.open(runs_dir / run_id)
 
-    from nbtune.train.tracking import log_artifact, tracking_uri
+    from nbtune.store import tracking_uri
+    from nbtune.train.tracking import log_artifact
 
     log_artifact(run.path, output)
     _print_summary(run, output, tracking_uri(run.spec.tracking, runs_dir), time.monotonic() - began, console)

@@ -85,7 +85,7 @@ def _runs_dir(runs_dir: str | Path | None) -> Iterator[Problem]:
 def _tracking(spec: RunSpec, runs_dir: str | Path | None) -> Iterator[Problem]:
     if not spec.tracking.mlflow:
         return
-    from nbtune.train.tracking import require_reachable, tracking_uri
+    from nbtune.store import require_reachable, tracking_uri
 
     try:
         require_reachable(tracking_uri(spec.tracking, Path(runs_dir or ".")))

@@ -150,7 +150,7 @@ def ui(
 ) -> None:
     """Open MLflow on the runs."""
     from nbtune.spec import TrackingSpec
-    from nbtune.train.tracking import initialise, tracking_uri
+    from nbtune.store import initialise, tracking_uri
 
     folder = _folder(runs_dir)
     uri = tracking_uri(TrackingSpec(), folder)

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from nbtune import _files
-from nbtune.errors import RunError
-from nbtune.spec import RunSpec, TrackingSpec
+from nbtune.spec import RunSpec
+from nbtune.store import initialise, tracking_uri
 from nbtune.train.events import Event, read_events
 
 if TYPE_CHECKING:
@@ -36,40 +30,6 @@ METRICS = {
 ARTIFACTS = ("spec.yaml", "summary.json", "log.txt", "adapter")
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 BATCH = 500  # metrics in one request; MLflow takes at most 1,000
-
-
-def tracking_uri(tracking: TrackingSpec, runs_dir: Path) -> str:
-    """The MLflow URI of a run: the one given, or a SQLite file in the runs folder, by its absolute path."""
-    return tracking.tracking_uri or f"sqlite:///{(runs_dir / 'mlflow.db').resolve()}"
-
-
-def require_reachable(uri: str, timeout: float = 3.0) -> None:
-    """Raise RunError where `uri` is a server that does not answer within `timeout` seconds."""
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):  # noqa: S310 - checked above
-            return
-    except (urllib.error.URLError, OSError) as error:
-        raise RunError(
-            "The MLflow server does not answer",
-            f"{uri}: {error}",
-            "Start it, correct `tracking.tracking_uri`, or leave it out to log to a local file.",
-        ) from error
-
-
-def initialise(uri: str, runs_dir: Path) -> MlflowClient:
-    """A client whose database exists. Two processes that create one SQLite file at once destroy it, hence the lock."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # each table it creates is a line in the notebook
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(runs_dir / ".mlflow.lock"):
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)  # creates and migrates the tables
-    return client
 
 
 class MlflowFollower:

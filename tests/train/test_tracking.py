@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 import nbtune as nt
+from nbtune import store
 from nbtune.errors import RunError
 from nbtune.run import Run
 from nbtune.spec import RunSpec, TrackingSpec
@@ -93,7 +94,7 @@ def test_a_run_without_mlflow_leaves_no_store(tmp_path):
 
 def test_four_processes_may_create_the_store_at_once(tmp_path):
     code = (
-        "from pathlib import Path; from nbtune.spec import TrackingSpec; from nbtune.train import tracking as t; "
+        "from pathlib import Path; from nbtune.spec import TrackingSpec; from nbtune import store as t; "
         f"d = Path({str(tmp_path)!r}); print(len(t.initialise(t.tracking_uri(TrackingSpec(), d), d).search_experiments()))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -104,7 +105,7 @@ def test_four_processes_may_create_the_store_at_once(tmp_path):
 def test_an_unreachable_server_is_refused_quickly():
     began = time.monotonic()
     with pytest.raises(RunError, match="does not answer"):
-        tracking.require_reachable("http://127.0.0.1:9")
+        store.require_reachable("http://127.0.0.1:9")
     assert time.monotonic() - began < 10
 
 
