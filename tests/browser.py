@@ -58,6 +58,12 @@ class Lab:
         """An answer of the server's REST API."""
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/{what}?token={TOKEN}", timeout=10))
 
+    def delete_kernels(self) -> None:
+        """Shut every kernel down, as the menu does."""
+        for session in self.get("sessions"):
+            url = f"http://127.0.0.1:{self.port}/api/sessions/{session['id']}?token={TOKEN}"
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=20)
+
     def close(self) -> None:
         self._server.terminate()
         self._server.wait(20)

@@ -95,7 +95,8 @@ def test_a_run_without_mlflow_leaves_no_store(tmp_path):
 def test_four_processes_may_create_the_store_at_once(tmp_path):
     code = (
         "from pathlib import Path; from nbtune.spec import TrackingSpec; from nbtune import store as t; "
-        f"d = Path({str(tmp_path)!r}); print(len(t.initialise(t.tracking_uri(TrackingSpec(), d), d).search_experiments()))"
+        f"d = Path({str(tmp_path)!r}); client = t.initialise(t.tracking_uri(TrackingSpec(), d), d); "
+        "print(len(client.search_experiments()))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [process.communicate()[0].split()[-1] for process in processes] == ["1"] * 4

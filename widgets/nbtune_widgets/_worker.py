@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
+
+EXIT_SECONDS = 30  # how long the end of the process waits for the task that is under way
 
 
 class Worker:
@@ -24,6 +27,8 @@ class Worker:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
+        # Python that ends while this thread imports torch aborts ("terminate called without an active exception").
+        atexit.register(self._leave)
 
     def ask(self, key: str, status: str, work: Callable[[], object]) -> None:
         """Have `work` done soon; what waits under the same key is forgotten."""
@@ -45,6 +50,10 @@ class Worker:
             self._asked.clear()
             self._changed.notify_all()
 
+    def _leave(self) -> None:
+        self.close()
+        self._thread.join(EXIT_SECONDS)
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -53,6 +62,7 @@ class Worker:
                     self._changed.notify_all()
                 self._changed.wait_for(lambda: self._asked or self._closed)
                 if self._closed:
+                    atexit.unregister(self._leave)
                     return
                 key = next(iter(self._asked))
                 status, work = self._asked.pop(key)

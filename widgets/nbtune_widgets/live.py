@@ -187,7 +187,7 @@ class LiveView:
         self._clear_kept()
 
     def _clear_kept(self) -> None:
-        for place, content in zip(self.kept, _empty(self._waiting), strict=bool(self.kept)):
+        for place, content in zip(self.kept, _empty(self._waiting), strict=False):
             place.update(content, raw=True)
         self._settled = False
 
@@ -246,8 +246,7 @@ class LiveView:
     def close(self) -> None:
         """Stop drawing and give the widgets back. The run goes on; what was kept in the notebook stays."""
         self._take_over()
-        for widget in family(self.widget):
-            widget.close()
+        dispose(self.widget)
 
     def _follow(self) -> None:
         """The updater thread."""
@@ -386,7 +385,11 @@ def _empty(text: str) -> tuple[dict[str, str], dict[str, str]]:
     return {"text/html": quiet, "text/plain": text}, {"text/html": "", "text/plain": ""}
 
 
-def family(widget: widgets.Widget) -> list[widgets.Widget]:
-    """A widget and everything in it, the innermost first."""
-    children = widget.children if isinstance(widget, widgets.Box) else ()
-    return [member for child in children for member in family(child)] + [widget]
+def dispose(*boxes: widgets.Widget) -> None:
+    """Close widgets with all that is in them, their layouts and styles too: ipywidgets keeps what is not closed."""
+    for box in boxes:
+        if isinstance(box, widgets.Box):
+            dispose(*box.children)
+        parts = [value for value in box.trait_values().values() if isinstance(value, widgets.Layout | widgets.Style)]
+        for part in (*parts, box):
+            part.close()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pydantic
+from ipywidgets import DOMWidget
 
 from nbtune.errors import SpecError
 from nbtune.peft.config import LoraConfig, PeftConfig, PeftType
@@ -61,6 +62,13 @@ class SpecForm:
     def method_group(self) -> Group | None:
         """The fields of the chosen method but TARGETS, which stands below the map; None for "full"."""
         return self._method_groups.get(self.method)
+
+    @property
+    def widgets(self) -> list[DOMWidget]:
+        """Every widget of the form, also of the methods that are not chosen."""
+        groups = (*self.groups.values(), *self._method_groups.values())
+        targets = (fields[TARGETS] for fields in self._of_method.values() if TARGETS in fields)
+        return [part.widget for part in (*groups, *targets)]
 
     @property
     def spec(self) -> RunSpec:

@@ -170,8 +170,7 @@ class Wizard:
         self._worker.close()
         if self.view is not None:
             self.view.close()
-        for widget in live.family(self.widget):
-            widget.close()
+        live.dispose(self.widget, self.compare_button, self.chat, *self.form.widgets)
 
     def _ipython_display_(self) -> None:
         display(self.widget)
