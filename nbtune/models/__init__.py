@@ -1,8 +1,10 @@
 """Base models: where their weights are, what they look like inside, and loading them for this machine.
 
-info = describe(ModelSpec(name="smollm2-135m-instruct"))   # no weights are read
-loaded = load(ModelSpec(name="smollm2-135m-instruct"), for_training=True)
-loaded.model, loaded.tokenizer
+    info = describe(ModelSpec(name="smollm2-135m-instruct"))
+    loaded = load(ModelSpec(name="smollm2-135m-instruct"), for_training=True)
+    loaded.model, loaded.tokenizer
+
+`describe` reads no weights. torch and transformers are imported when a function first needs them.
 """
 
 from nbtune.models.info import ModelInfo, ModuleInfo, describe, skeleton
