@@ -1,0 +1,275 @@
+"""The wizard in plain Python: values set, buttons clicked, numbers read. The model is the real one, without weights."""
+
+import json
+import threading
+import time
+
+import ipywidgets
+import nbtune_widgets
+import pytest
+from nbtune_widgets import Wizard
+from nbtune_widgets._worker import Worker
+
+import nbtune as nt
+from nbtune.errors import RunError
+
+SECONDS = 180  # the first look at a model imports transformers
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One wizard for the tests that only look."""
+    wizard = Wizard(mlflow=False)
+    wizard.wait(SECONDS)
+    yield wizard
+    wizard.close()
+
+
+@pytest.fixture
+def wizard(shared):
+    shared.form.load(nt.RunSpec(tracking={"mlflow": False}))
+    shared.choose_method("LORA")
+    shared.go(0)
+    shared.wait(SECONDS)
+    return shared
+
+
+@pytest.fixture
+def runs_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NBTUNE_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def test_it_is_on_the_screen_at_once():
+    """What takes longer comes later, from the worker."""
+    began = time.perf_counter()
+    wizard = Wizard()
+    assert time.perf_counter() - began < 2
+    assert wizard.spec == nt.RunSpec()
+    wizard.close()
+
+
+def test_it_says_what_the_model_and_the_machine_are(wizard):
+    assert wizard.error is None
+    assert "134,515,008" in wizard._model_card.value
+    assert "8,192 tokens" in wizard._model_card.value
+    for part in ("cores", "GB free", "GPU"):
+        assert part in wizard.frame.machine.value
+    assert "base weights" in wizard.frame.plan.value
+
+
+def test_the_map_is_the_models_module_tree(wizard):
+    assert list(wizard.picker.kinds) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert wizard.picker.layers.max == 29
+    assert "210 of 210 modules · 2,442,240 trainable parameters (1.8 %)" in wizard.picker.summary.value
+
+
+def test_clicks_on_the_map_become_settings_and_numbers(wizard):
+    wizard.picker.presets["attention"].click()
+    wizard.wait(SECONDS)
+    assert wizard.spec.method.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert wizard.spec.method.layers_to_transform is None
+    assert "120 of 210 modules · 921,600 trainable" in wizard.picker.summary.value  # 30 x 8 x (4 x 576 + 2 x 768)
+    wizard.picker.presets["upper half"].click()
+    wizard.picker.kinds["o_proj"].click()
+    wizard.wait(SECONDS)
+    assert wizard.spec.method.layers_to_transform == list(range(15, 30))
+    assert "45 of 210 modules" in wizard.picker.summary.value
+    assert wizard.picker._cells["q_proj"].value.count("nt-on") == 15
+    assert wizard.picker._cells["o_proj"].value.count("nt-on") == 0
+    wizard.fields["method.r"].value = 16
+    wizard.wait(SECONDS)
+    assert "645,120 trainable" in wizard.picker.summary.value  # 15 x 16 x (2 x 576 + 2 x 768)
+
+
+def test_the_map_follows_what_is_typed(wizard):
+    wizard.fields["method.target_modules"].control.value = r".*\.(3|4)\.mlp\.up_proj"
+    wizard.wait(SECONDS)
+    assert "2 of 210 modules" in wizard.picker.summary.value
+    assert wizard.picker.layers.value == (3, 4)
+    assert wizard.spec.method.target_modules == r".*\.(3|4)\.mlp\.up_proj"
+
+
+def test_a_module_that_is_not_there_is_said_at_the_field(wizard):
+    wizard.fields["method.target_modules"].control.value = "q_porj, v_proj"
+    wizard.wait(SECONDS)
+    assert "q_proj" in wizard.fields["method.target_modules"].error  # the nearest name
+    assert wizard.frame.pills[2].description.startswith("! ")
+    wizard.fields["method.target_modules"].control.value = "q_proj"
+    wizard.wait(SECONDS)
+    assert wizard.fields["method.target_modules"].error == ""
+    assert not any(pill.description.startswith("! ") for pill in wizard.frame.pills)
+
+
+def test_the_last_kind_cannot_be_taken_away(wizard):
+    wizard.fields["method.target_modules"].value = ["q_proj"]
+    wizard.wait(SECONDS)
+    wizard.picker.kinds["q_proj"].click()
+    assert "At least one" in wizard.picker.summary.value
+    assert wizard.spec.method.target_modules == ["q_proj"]
+
+
+def test_full_training_has_no_modules_to_pick(wizard):
+    wizard.methods["full"].click()
+    wizard.wait(SECONDS)
+    assert wizard.spec.method == "full"
+    assert wizard._modules.layout.display == "none"
+    wizard.methods["LORA"].click()
+    assert wizard.spec.method == nt.LoraConfig()
+
+
+def test_the_data_step_shows_a_row_with_its_loss(wizard, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Say <b>{n}</b>.", "output": f"It is {n}."} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wizard.set(data=str(path))
+    wizard.frame.pills[1].click()
+    wizard.wait(SECONDS)
+    card = wizard._data_card.value
+    assert "form: alpaca" in card
+    assert "19 train · 1 held out" in card
+    assert '<span class="nt-t1">It is ' in card
+    assert "Say &lt;b&gt;" in card  # shown, not interpreted
+    assert '<span class="nt-tE">&lt;|im_end|&gt;' in card
+
+
+def test_bad_data_is_said_with_its_remedy_and_forgotten_when_mended(wizard, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    wizard.go(1)
+    wizard.fields["data.source"].value = str(path)
+    wizard.wait(SECONDS)
+    assert "line 2" in wizard.frame.notice.value
+    assert wizard._data_card.value == ""
+    wizard.fields["data.source"].value = "stdlib-docs"
+    wizard.wait(SECONDS)
+    assert wizard.frame.notice.value == ""
+    assert "form: messages" in wizard._data_card.value
+
+
+def test_an_unknown_model_is_said(wizard):
+    wizard.fields["model.name"].value = "no-such-model"
+    wizard.wait(SECONDS)
+    assert "no-such-model" in wizard.frame.notice.value
+    assert wizard._model_card.value == ""
+    wizard.fields["model.name"].value = "smollm2-135m-instruct"
+    wizard.wait(SECONDS)
+    assert wizard.frame.notice.value == ""
+    assert "LlamaForCausalLM" in wizard._model_card.value
+
+
+def test_review_lists_problems_and_leads_to_the_setting(wizard):
+    wizard.set(max_length=100_000)
+    wizard.go(4)
+    wizard.wait(SECONDS)
+    found = wizard._problems.children
+    texts = [box.children[0].value if isinstance(box, ipywidgets.HBox) else box.value for box in found]
+    assert any("context of 8192" in text.replace(",", "") for text in texts)
+    next(box for box in found if isinstance(box, ipywidgets.HBox)).children[1].click()
+    assert wizard.frame.step == 3
+    wizard.set(max_length=128)
+    wizard.go(4)
+    wizard.wait(SECONDS)
+    assert "Nothing stands in the way" in wizard._problems.children[0].value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_steps": 5, "learning_rate": 1e-3},
+        {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [3, 4, 5, 6, 7], "mlflow": True},
+        {"method": "full", "dtype": "float32", "eval_fraction": 0.1},
+    ],
+)
+def test_the_python_it_shows_makes_the_same_spec(wizard, changes):
+    import html
+
+    wizard.set(**changes)
+    wizard.wait(SECONDS)
+    wizard.echo.value = "Python"
+    wizard._show_code()
+    program = html.unescape(wizard._code.value).removeprefix("<pre>").removesuffix("</pre>").partition("run = ")[0]
+    names = {}
+    exec(program, names)
+    assert names["spec"] == wizard.spec
+
+
+def test_the_yaml_it_shows_is_the_spec(wizard):
+    wizard.echo.value = "YAML"
+    assert "learning_rate: 0.0002" in wizard._code.value
+    wizard.echo.value = "command"
+    assert "nbtune train spec.yaml" in wizard._code.value
+    wizard.echo.value = "Python"
+
+
+def test_an_error_of_a_click_is_shown_and_kept(wizard, monkeypatch):
+    """Trap 21: nothing may leave a callback."""
+    monkeypatch.setattr(wizard.frame, "go", lambda step: 1 / 0)
+    wizard.frame.next.click()
+    assert "division by zero" in wizard.frame.notice.value
+    assert "ZeroDivisionError" in wizard.error
+    monkeypatch.undo()
+    wizard.fields["training.seed"].value = 1
+    assert "division by zero" not in wizard.frame.notice.value
+
+
+def test_background_work_is_done_on_one_thread(wizard, monkeypatch):
+    """Trap 6: a callback may come on any thread; it only asks."""
+    seen = []
+    monkeypatch.setattr(wizard, "_plan", lambda: seen.append(threading.current_thread().name))
+    click = threading.Thread(target=lambda: setattr(wizard.fields["training.max_length"].control, "value", "64"))
+    click.start()
+    click.join()
+    wizard.wait(SECONDS)
+    assert seen == ["nbtune-wizard"]
+
+
+def test_start_shows_the_run_and_refuses_a_second(runs_dir, tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(12)]
+    wizard = Wizard(data=rows, max_steps=40, max_length=64, r=2, mlflow=False, eval_steps=0, save_steps=0)
+    wizard.start_button.click()
+    wizard.wait(SECONDS)
+    assert wizard.error is None
+    assert wizard.run.path.parent == runs_dir
+    assert wizard.run.spec.training.max_steps == 40
+    assert wizard.view.widget in wizard.frame.run_box.children
+    assert wizard.frame.form.layout.display == "none"
+    assert wizard.compare_button.layout.display == "none"
+    with pytest.raises(RunError, match="still running"):
+        wizard.start()
+    deadline = time.monotonic() + SECONDS
+    while wizard.run.progress().step < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    wizard.view.stop_button.click()
+    assert wizard.run.wait(SECONDS).status == "stopped"
+    assert wizard.run.progress().step < 40
+    while wizard.compare_button.layout.display is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert wizard.view.charts.outputs
+    assert wizard.view.error is None
+    wizard.close()
+
+
+def test_a_cell_run_again_leaves_no_widgets_behind():
+    instances = ipywidgets.widgets.widget._instances
+
+    def shown():
+        nbtune_widgets.wizard()
+        return len(instances)
+
+    first = shown()
+    assert shown() == first
+
+
+def test_worker_does_the_latest_of_one_key_in_order():
+    done, go = [], threading.Event()
+    worker = Worker("test", lambda text: None, lambda key, error: done.append((key, str(error))))
+    worker.ask("first", "", go.wait)
+    for number in range(3):
+        worker.ask("a", "", lambda number=number: done.append(number))
+        worker.ask("b", "", lambda: 1 / 0)
+    go.set()
+    worker.wait(10)
+    assert done == [2, ("b", "division by zero")]
+    worker.close()
