@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while playwright is open, asyncio.run() fails in this thread
 def chromium() -> Iterator[Any]:
     """A playwright browser on the system's Chromium. Skips where there is none; in CI that is a failure."""
     path = next(

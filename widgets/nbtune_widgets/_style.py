@@ -99,6 +99,7 @@ CSS = """
 .nbtune .nt-tE{background:rgba(47,148,97,.48);border-radius:2px}
 .nbtune .nt-layers .widget-readout{min-width:60px;width:60px}
 .nbtune .nt-foot{border-top:1px solid var(--nt-line);padding-top:12px;gap:8px 20px}
+.nbtune .nt-info a{color:var(--nt-blue);text-decoration:underline}
 .nbtune .nt-buttons{margin-left:auto;gap:2px}
 .nbtune .nt-parts{display:flex;height:20px;border-radius:5px;overflow:hidden;background:var(--nt-wash)}
 .nbtune .nt-parts div{color:#fff;font-size:11px;line-height:20px;text-align:center;overflow:hidden;white-space:nowrap}

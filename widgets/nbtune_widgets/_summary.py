@@ -67,7 +67,7 @@ def bundle(run: LiveRun) -> dict[str, str]:
 
 def _change(summary: Mapping[str, Any]) -> str:
     before, after = summary.get("eval_loss_before"), summary.get("eval_loss_after")
-    if before is None or after is None:
+    if before is None or after is None or before == after:  # measured once
         return _if(after if after is not None else before, lambda value: f"{value:.3f}")
     return (
         f"{before:.3f} → {after:.3f} ({(after - before) / before:+.0%})".replace("-", "−")

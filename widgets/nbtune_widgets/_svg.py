@@ -62,7 +62,7 @@ def _panel(panel: Panel, height: int, margin: Mapping[str, int]) -> str:
 def _trace(trace: Trace, points: Sequence[tuple[float, float]]) -> str:
     if not points:
         return ""
-    if trace.look == "dots":
+    if trace.look == "dots" or len(points) == 1:
         return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{trace.color}"/>' for x, y in points)
     extra = {"faint": ' stroke-opacity=".42"', "dotted": ' stroke-dasharray="2 4"'}.get(trace.look, "")
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -247,6 +247,8 @@ def _plotly_trace(trace: Trace, axis: str) -> dict[str, Any]:
     elif trace.look == "dots":
         drawn |= {"mode": "markers", "marker": {"color": trace.color, "size": 7}, "cliponaxis": False}
         del drawn["line"]
+    if len(trace.points) == 1 and trace.look != "dots":  # one point makes no line
+        drawn |= {"mode": "markers", "marker": {"color": trace.color, "size": 4}}
     drawn["x"] = [point[0] for point in trace.points]
     drawn["y"] = [float(f"{point[1]:.5g}") for point in trace.points]  # five digits draw the same and weigh a third
     unit = f" {trace.unit}" if trace.unit else ""

@@ -32,7 +32,7 @@ from nbtune_widgets import _summary, charts
 from nbtune_widgets._style import chip, duration, notice, style
 
 LOG_LINES = 14
-PUSH_SECONDS = 1.0  # a push redraws the charts and loses a zoom, so it comes at most this often
+PUSH_SECONDS = 0.9  # a push redraws the charts and loses a zoom, so it comes at most this often
 IDLE_SECONDS = 2.0  # how often an ended run is looked at, in case code resumes it
 
 
@@ -108,7 +108,7 @@ class LiveView:
         interval: Seconds between two looks at the run.
     """
 
-    def __init__(self, run: LiveRun, interval: float = 0.5) -> None:
+    def __init__(self, run: LiveRun, interval: float = 1.0) -> None:
         self.run = run
         self.interval = interval
         self.when_ended: Callable[[bool], None] = lambda _: None  # told at every look, by whoever drives
@@ -129,9 +129,8 @@ class LiveView:
     # -- what is on the screen ---------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        name = (
-            f'<div class="nt-row"><span class="nt-name">{self.run.id}</span>{chip(_summary.title(self.run.spec))}</div>'
-        )
+        name = f'<span class="nt-name" title="{self.run.id}">{short_name(self.run)}</span>'
+        name = f'<div class="nt-row">{name}{chip(_summary.title(self.run.spec))}</div>'
         grow = widgets.Layout(flex="1 1 auto", min_width="0")
         self.header = widgets.HTML(name, layout=grow)
         self.status = widgets.HTML(layout=widgets.Layout(flex="0 1 auto", margin="0 0 0 auto"))
@@ -231,7 +230,10 @@ class LiveView:
         self._blocking = True
         try:
             while not self._step():
-                await asyncio.sleep(self.interval)
+                until = time.monotonic() + self.interval
+                while time.monotonic() < until and not self._wake.is_set():
+                    await asyncio.sleep(min(0.1, self.interval))
+                self._wake.clear()
         finally:
             self._blocking = False
 

@@ -145,7 +145,7 @@ class Wizard:
         self.view.when_ended = self._ended
         self.compare_button.layout.display = "none"
         self.chat.value = ""
-        self.frame.show_run(self.view.widget, self.compare_button, self.chat)
+        self.frame.show_run(self.view.widget, widgets.HBox([self.compare_button, self.chat]))
         self.view.start()
 
     def compare(self) -> Arena:
