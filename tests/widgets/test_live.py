@@ -196,6 +196,11 @@ def test_view_controls(make):
     assert view.pushes == pushes + 1
 
 
+def test_the_window_says_what_it_is(make):
+    view = make(steps=5, begin=False)
+    assert (view.window.index, view.window.label, view.view.window) == (0, "all steps", None)
+
+
 def test_log_and_settings_open_on_demand(make):
     view = make(steps=5, seconds=0.001)
     view._blocking = True

@@ -143,8 +143,8 @@ class LiveView:
         self.notice = widgets.HTML(layout=widgets.Layout(display="none"))
         self.charts = widgets.Output(layout=widgets.Layout(width="100%"))
         narrow = {"description_width": "initial"}
-        self.window = widgets.Dropdown(
-            options=[("all steps", None), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
+        self.window = widgets.Dropdown(  # all is 0: a Dropdown takes None for "nothing is chosen" and shows nothing
+            options=[("all steps", 0), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
             description="window", style=narrow, layout=widgets.Layout(width="145px"))  # fmt: skip
         self.smoothing = widgets.FloatSlider(
             value=charts.View.smoothing, min=0, max=0.99, step=0.01, description="smoothing", continuous_update=False,
@@ -200,7 +200,7 @@ class LiveView:
     @property
     def view(self) -> charts.View:
         """What the view controls say."""
-        return charts.View(self.window.value, self.log_scale.value, self.smoothing.value)
+        return charts.View(self.window.value or None, self.log_scale.value, self.smoothing.value)
 
     # -- who drives --------------------------------------------------------------------------------------------------
 

@@ -145,7 +145,8 @@ class Wizard:
         self.view.when_ended = self._ended
         self.compare_button.layout.display = "none"
         self.chat.value = ""
-        self.frame.show_run(self.view.widget, widgets.HBox([self.compare_button, self.chat]))
+        after = widgets.HBox([self.compare_button, self.chat], layout=widgets.Layout(align_items="center"))
+        self.frame.show_run(self.view.widget, after)
         self.view.start()
 
     def compare(self) -> Arena:
