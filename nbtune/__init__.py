@@ -70,11 +70,14 @@ __all__ = [
 ]
 
 
-def wizard() -> Any:
-    """Show the form that builds a `RunSpec`, starts it and compares what came out."""
+def wizard(**start_with: Any) -> Any:
+    """Show the form that builds a `RunSpec`, starts it and compares what came out.
+
+    Settings given here by name are filled in: `wizard(max_steps=20)`.
+    """
     from nbtune_widgets import wizard as show
 
-    return show()
+    return show(**start_with)
 
 
 def __getattr__(name: str) -> Any:

@@ -113,6 +113,10 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
 
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from traitlets.config import Config
+
+    # Over TCP every user of the machine could read what passes between papermill and the kernel.
+    transport = "ipc" if os.name == "posix" else "tcp"
 
     try:
         papermill.execute_notebook(
@@ -122,6 +126,7 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            config=Config({"KernelManager": {"transport": transport}}),
             cwd=os.fspath(cwd) if cwd is not None else None,
         )
     except papermill.PapermillExecutionError as error:

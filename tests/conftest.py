@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+# A kernel, a browser and a test share two cores: OpenMP threads that spin at their barriers would stop all of them.
+# Read when torch is loaded, here and in every process that a test starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="module")  # while playwright is open, asyncio.run() fails in this thread
 def chromium() -> Iterator[Any]:

@@ -37,3 +37,29 @@ def test_functions_stay_functions_after_their_modules_are_imported():
 def test_peft_is_never_imported():
     code = "import nbtune.run, nbtune.train.session, nbtune.infer, sys; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_threads_may_need_transformers_first():
+    code = """
+import threading
+from nbtune.spec import ModelSpec
+failures, barrier = [], threading.Barrier(4)
+def need(how):
+    barrier.wait()
+    try:
+        how()
+    except BaseException as error:
+        failures.append(error)
+def describe():
+    from nbtune.models import describe
+    describe(ModelSpec())
+def adapters():
+    from nbtune.peft import get_peft_model
+def session():
+    import nbtune.train.session
+threads = [threading.Thread(target=need, args=(how,)) for how in (describe, adapters, session, describe)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not failures, failures
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

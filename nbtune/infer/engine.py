@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache
 
+from nbtune._transformers import DynamicCache
 from nbtune.errors import NbtuneError
 from nbtune.infer.columns import BASE
 from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults, default_sampling

@@ -19,7 +19,7 @@ NAME = "nbtune_packed"  # the value of `attn_implementation`
 
 def register() -> None:
     """Make the attention known to transformers under `NAME`, through its own registry. Safe to call again."""
-    from transformers import AttentionInterface
+    from nbtune._transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
 

@@ -78,7 +78,8 @@ def skeleton(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> PreTrai
 
 def _skeleton(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nbtune._transformers import AutoConfig, AutoModelForCausalLM
 
     with clear_errors(source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)

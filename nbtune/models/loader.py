@@ -66,7 +66,7 @@ def load_tokenizer(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> P
 
 
 def _read_tokenizer(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from nbtune._transformers import AutoTokenizer
 
     with clear_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -80,7 +80,7 @@ def _read_tokenizer(source: Source, folder: Path, spec: ModelSpec) -> PreTrained
 def _read_model(
     source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from nbtune._transformers import AutoModelForCausalLM
 
     with clear_errors(source), _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(

@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nbtune import _files
+from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.peft import checkpoint, inject
 from nbtune.peft.config import LayerConfig, PeftConfig, adapter_folder, did_you_mean
@@ -75,8 +75,6 @@ class PeftModel(nn.Module):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(modules["base_model"].model, name)
 
-    # --- what is there
-
     def get_base_model(self) -> nn.Module:
         """The model that was adapted, with its adapters in place."""
         return self.base_model.model
@@ -106,8 +104,6 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
         print(text)  # noqa: T201  the method's promise
-
-    # --- adding, switching, deleting
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Add a new adapter, switched off unless it is the first. Raises AdapterError where the name is taken."""
@@ -207,8 +203,6 @@ class PeftModel(nn.Module):
         del self.peft_config[name]
         self._state.update(active=tuple(other for other in self._state.active if other != name))
 
-    # --- merging
-
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Put adapters (the active ones) into the base weights, so that they cost no time.
 
@@ -258,8 +252,6 @@ class PeftModel(nn.Module):
         for parameter in self._state.frozen:
             parameter.requires_grad_(True)
         self._state.frozen = []
-
-    # --- files
 
     @classmethod
     def from_pretrained(
@@ -343,8 +335,6 @@ class PeftModel(nn.Module):
                 config = config.replace(auto_mapping=mapping)
             checkpoint.write(folder if name == "default" else folder / name, config, values)
 
-    # --- running
-
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. `adapter_names` gives each row of the batch its adapter, `__base__` for none."""
         with self._rows(adapter_names):
@@ -387,8 +377,6 @@ class PeftModel(nn.Module):
                 stacklevel=2,
             )
         return self
-
-    # --- helpers
 
     def _adapters(self, name: str) -> dict[str, Adapter]:
         """The parts of one adapter by module path."""

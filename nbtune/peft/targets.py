@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from nbtune._transformers import Conv1D, PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.peft.config import LayerConfig, TaskType, did_you_mean
 from nbtune.peft.layer import AdapterLayer

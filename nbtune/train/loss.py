@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from nbtune._transformers import PreTrainedModel
 from nbtune.errors import ModelError
 from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
 

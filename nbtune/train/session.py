@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from nbtune import _files
+from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
 from nbtune.models import LoadedModel, compute_dtype, default_device, load
 from nbtune.peft import PeftModel, get_peft_model

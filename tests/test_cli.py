@@ -1,0 +1,152 @@
+"""The `nbtune` command, as a person calls it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from nbtune.run import Run, runs
+
+SPEC = """
+model: smollm2-135m-instruct
+data: {{source: {data}, eval_fraction: 0.2}}
+method: {{r: 4, target_modules: [q_proj]}}
+training: {{max_steps: 3, max_length: 64, eval_steps: 0, gradient_accumulation_steps: 1}}
+"""
+
+
+def nbtune(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "nbtune.cli", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}."} for n in range(20)]
+    (path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "spec.yaml").write_text(SPEC.format(data=path / "sums.jsonl"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    return nbtune("train", folder / "spec.yaml", "--set", "max_steps=2", "--runs-dir", folder / "runs")
+
+
+def test_train_trains_and_says_what_came_out(trained, folder):
+    assert trained.returncode == 0, trained.stderr
+    (run,) = runs(folder / "runs")
+    assert run.summary()["steps"] == 2
+    assert run.id in trained.stdout
+    assert re.search(r"Held-out loss \d\.\d+ → \d\.\d+", trained.stdout)
+
+
+def test_runs_lists_it_and_the_environment_names_the_folder(trained, folder):
+    listed = nbtune("runs", env=os.environ | {"NBTUNE_RUNS": str(folder / "runs"), "COLUMNS": "160"})
+    (run,) = runs(folder / "runs")
+    assert run.id in listed.stdout
+    assert "finished" in listed.stdout
+    assert "2/2" in listed.stdout
+
+
+def test_check_says_that_it_is_ready_and_what_it_needs(folder):
+    done = nbtune("check", folder / "spec.yaml", "--runs-dir", folder / "runs")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Ready\. Needs [\d.]+ GB", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "missing.yaml"), "no file missing.yaml"),
+        (("train", "{spec}", "--set", "learning_rte=1"), "Did you mean learning_rate"),
+        (("train", "{spec}", "--set", "r=0"), "at least 1"),
+        (("train", "{spec}", "--set", "data.source=nothing.jsonl"), "nothing.jsonl"),
+        (("resume", "nobody"), "Known runs"),
+        (("arena", "nobody"), "Known runs"),
+    ],
+)
+def test_a_users_error_is_told_without_a_traceback(folder, arguments, message):
+    arguments = [argument.format(spec=folder / "spec.yaml") for argument in arguments]
+    done = nbtune(*arguments, "--runs-dir", folder / "none")
+    assert done.returncode == 1
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert not (folder / "none").exists()
+
+
+def test_check_fails_where_there_is_an_error(folder):
+    done = nbtune("check", folder / "spec.yaml", "--set", "max_length=9000")
+    assert done.returncode == 1
+    assert "8192" in done.stdout
+
+
+def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
+    runs_dir = folder / "interrupted"
+    command = [sys.executable, "-m", "nbtune.cli", "train", folder / "spec.yaml", "--set", "max_steps=6"]
+    process = subprocess.Popen([*command, "--runs-dir", runs_dir], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(run.progress().step >= 1 for run in runs(runs_dir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    (run,) = runs(runs_dir)
+    assert run.status == "stopped"
+    assert "stopped" in printed
+
+    done = nbtune("resume", run.id.split("-", 2)[2], "--runs-dir", runs_dir)
+    assert done.returncode == 0, done.stderr
+    assert Run.open(run.path).summary()["steps"] == 6
+
+
+def test_ui_opens_mlflow_on_the_runs(trained, folder):
+    from tests.train.test_tracking import free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "nbtune.cli", "ui", "--port", str(port), "--runs-dir", folder / "runs"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_the_demo_lowers_the_held_out_loss_by_a_quarter(tmp_path):
+    done = nbtune("demo", "--no-chat", "--max-steps", "12", "--runs-dir", tmp_path, env=os.environ | {"COLUMNS": "160"})
+    assert done.returncode == 0, done.stderr
+    (run,) = runs(tmp_path)
+    summary = run.summary()
+    assert summary["eval_loss_after"] < 0.75 * summary["eval_loss_before"]
+    assert summary["measured_peak_bytes"] < 4e9
+    assert "after training" in done.stdout
+    assert "mlflow.db" in done.stdout
+    (notebook,) = (tmp_path / "notebooks").iterdir()
+    assert notebook.stat().st_size < 1_000_000
+    assert Path(run.adapter_path, "adapter_model.safetensors").exists()
+
+    from mlflow import MlflowClient
+
+    state = json.loads((run.path / "mlflow.json").read_text())
+    files = MlflowClient(tracking_uri=state["tracking_uri"]).list_artifacts(state["run_id"])
+    assert notebook.name in {file.path for file in files}
