@@ -73,7 +73,7 @@ def test_what_is_wrong_is_said_at_the_field(form, path, typed, reason):
         assert field.value == [1, 2]
         return
     assert reason in field.error
-    assert reason in field._problem.value
+    assert reason in field._help.value
     with pytest.raises(FieldError):
         _ = field.value
     with pytest.raises(FormError, match=path):

@@ -38,7 +38,12 @@ class Worker:
             self._changed.notify_all()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until nothing is left to do. Raises TimeoutError after `timeout` seconds."""
+        """Block until nothing is left to do, at once where the work itself asks.
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+        if threading.current_thread() is self._thread:
+            return
         with self._changed:
             if not self._changed.wait_for(lambda: self._closed or not (self._asked or self._busy), timeout):
                 raise TimeoutError(f"still at work after {timeout} s: {', '.join(self._asked) or 'on its last task'}")

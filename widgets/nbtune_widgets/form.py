@@ -19,6 +19,9 @@ from typing import Annotated, Any
 import ipywidgets as widgets
 import pydantic
 import yaml
+from ipywidgets.widgets.widget_bool import CheckboxStyle
+from ipywidgets.widgets.widget_description import DescriptionStyle
+from ipywidgets.widgets.widget_string import HTMLStyle, TextStyle
 
 from nbtune.spec import Setting
 
@@ -30,27 +33,34 @@ class FieldError(ValueError):
     """What is in a field is no value of its setting."""
 
 
+class Look:
+    """Layouts and styles that the fields of one form share: a saved notebook holds the state of every single one."""
+
+    def __init__(self) -> None:
+        self.row = widgets.Layout(align_items="center", flex_flow="row wrap")
+        self.help = widgets.Layout(flex="1 1 180px", min_width="160px")
+        self.number, self.choice, self.line = (widgets.Layout(width=width) for width in ("250px", "290px", "430px"))
+        self.html = HTMLStyle()
+        self.text = TextStyle(description_width=LABEL_WIDTH)
+        self.check = CheckboxStyle(description_width=LABEL_WIDTH)
+        self.description = DescriptionStyle(description_width=LABEL_WIDTH)
+
+
 class Field:
     """One setting on the screen. `value` is the Python value; setting it, or typing, checks it and calls on_change."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, look: Look | None = None) -> None:
         self.setting = setting
         self.error = ""
         self.on_change: Callable[[Field], None] = lambda _: None
+        look = look or Look()
         self._adapter = pydantic.TypeAdapter(_limited(setting))
-        self.control = _control(setting)
+        self.control = _control(setting, look)
         self.control.observe(lambda _: self._changed(), names="value")
-        self._problem = widgets.HTML(layout=widgets.Layout(display="none", margin="0 0 2px 138px"))
-        unit = f"{escape(setting.unit)} · " if setting.unit else ""
-        self._help = widgets.HTML(
-            f'<div class="nt-help">{unit}{escape(setting.help)}</div>',
-            layout=widgets.Layout(flex="1 1 180px", min_width="160px"),
-        )
-        row = widgets.HBox(
-            [self.control, self._help], layout=widgets.Layout(align_items="center", flex_flow="row wrap")
-        )
-        row.add_class("nt-field")
-        self.widget = widgets.VBox([row, self._problem])
+        self._help = widgets.HTML(layout=look.help, style=look.html)
+        self.widget = widgets.HBox([self.control, self._help], layout=look.row)
+        self.widget.add_class("nt-field")
+        self.mark("")
 
     @property
     def value(self) -> Any:
@@ -75,8 +85,9 @@ class Field:
     def mark(self, reason: str) -> None:
         """Show why the value will not do; nothing takes the mark away."""
         self.error = reason
-        self._problem.value = f'<div class="nt-invalid" role="alert">{escape(reason)}</div>' if reason else ""
-        self._problem.layout.display = None if reason else "none"
+        unit = f"{escape(self.setting.unit)} · " if self.setting.unit else ""
+        wrong = f'<div class="nt-invalid" role="alert">{escape(reason)}</div>' if reason else ""
+        self._help.value = f'<div class="nt-help">{wrong}{unit}{escape(self.setting.help)}</div>'
         (self.control.add_class if reason else self.control.remove_class)("nt-bad")
 
     def _changed(self) -> None:
@@ -121,23 +132,19 @@ class Group:
         self._more.layout.display = None if opened else "none"
 
 
-def _control(setting: Setting) -> widgets.Dropdown | widgets.Checkbox | widgets.Text:
+def _control(setting: Setting, look: Look) -> widgets.Dropdown | widgets.Checkbox | widgets.Text:
     """A list for choices, a box for yes and no, and a line of text for the rest: it takes 2e-4 and never clamps."""
-    style = {"description_width": LABEL_WIDTH}
-    tooltip = setting.path
+    told = {"description": setting.label, "tooltip": setting.path}
     if setting.choices is not None:
         options = [(_choice(choice), choice) for choice in setting.choices]
         return widgets.Dropdown(
-            options=options, value=setting.default, description=setting.label, style=style, tooltip=tooltip,
-            layout=widgets.Layout(width="290px"))  # fmt: skip
+            options=options, value=setting.default, style=look.description, layout=look.choice, **told)  # fmt: skip
     if setting.type is bool:
-        return widgets.Checkbox(
-            value=setting.default, description=setting.label, style=style, tooltip=tooltip,
-            layout=widgets.Layout(width="290px"))  # fmt: skip
-    width = "250px" if setting.type in (int, float) else "430px"
+        return widgets.Checkbox(value=setting.default, style=look.check, layout=look.choice, **told)
     return widgets.Text(
-        value=_text(setting.default), description=setting.label, continuous_update=False, style=style, tooltip=tooltip,
-        placeholder="none" if _takes(setting.type, type(None)) else "", layout=widgets.Layout(width=width))  # fmt: skip
+        value=_text(setting.default), continuous_update=False, style=look.text, **told,
+        placeholder="none" if _takes(setting.type, type(None)) else "",
+        layout=look.number if setting.type in (int, float) else look.line)  # fmt: skip
 
 
 def _choice(choice: Any) -> str:

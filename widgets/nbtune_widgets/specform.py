@@ -14,9 +14,9 @@ import pydantic
 from ipywidgets import DOMWidget
 
 from nbtune.errors import SpecError
-from nbtune.peft.config import LoraConfig, PeftConfig, PeftType
-from nbtune.spec import DataSpec, RunSpec, settings
-from nbtune_widgets.form import Field, FieldError, Group
+from nbtune.peft.config import LoraConfig, PeftConfig
+from nbtune.spec import DataSpec, RunSpec, Setting, settings
+from nbtune_widgets.form import Field, FieldError, Group, Look
 
 FULL = "full"
 TARGETS = "method.target_modules"
@@ -39,33 +39,30 @@ class SpecForm:
         self._on_change = on_change
         self._rows: DataSpec | None = None  # data given as Python objects, which no field can hold
         self._blamed: set[str] = set()
-        self._common = {found.path: Field(found) for found in settings(FULL)}
-        self._of_method: dict[str, dict[str, Field]] = {
-            str(kind): {found.path: Field(found) for found in settings(config(kind)) if found.part == "method"}
-            for kind in PeftType
-        }
+        self._look = Look()
+        self._common = self._made(settings(FULL))
         self.groups = {part: Group([f for f in self._common.values() if f.setting.part == part]) for part in PARTS}
-        self._method_groups = {
-            kind: Group([field for path, field in fields.items() if path != TARGETS])
-            for kind, fields in self._of_method.items()
-        }
-        for fields in (self._common, *self._of_method.values()):
-            for field in fields.values():
-                field.on_change = self._changed
+        self._of_method: dict[str, dict[str, Field]] = {}  # made when first chosen: there are many methods
+        self._method_groups: dict[str, Group] = {}
 
     @property
     def fields(self) -> dict[str, Field]:
         """Every field with the chosen method, by the path of its setting."""
+        if self.method != FULL and self.method not in self._of_method:
+            made = self._made([found for found in settings(config(self.method)) if found.part == "method"])
+            self._of_method[self.method] = made
+            self._method_groups[self.method] = Group([field for path, field in made.items() if path != TARGETS])
         return {**self._common, **self._of_method.get(self.method, {})}
 
     @property
     def method_group(self) -> Group | None:
         """The fields of the chosen method but TARGETS, which stands below the map; None for "full"."""
+        _ = self.fields  # makes the group
         return self._method_groups.get(self.method)
 
     @property
     def widgets(self) -> list[DOMWidget]:
-        """Every widget of the form, also of the methods that are not chosen."""
+        """Every widget of the form, also of the methods that were chosen before."""
         groups = (*self.groups.values(), *self._method_groups.values())
         targets = (fields[TARGETS] for fields in self._of_method.values() if TARGETS in fields)
         return [part.widget for part in (*groups, *targets)]
@@ -124,6 +121,12 @@ class SpecForm:
         for path, field in self.fields.items():
             part, name = path.split(".", 1)
             field.value = getattr(getattr(spec, part), name)
+
+    def _made(self, wanted: list[Setting]) -> dict[str, Field]:
+        fields = {found.path: Field(found, self._look) for found in wanted}
+        for field in fields.values():
+            field.on_change = self._changed
+        return fields
 
     def _changed(self, field: Field) -> None:
         part = field.setting.part

@@ -121,6 +121,8 @@ class Wizard:
         """Start the run that the form describes and show it. Raises NbtuneError where it cannot be started."""
         from nbtune.run import train
 
+        # Two threads that import from transformers for the first time find it half made ("cannot import AutoConfig").
+        self._worker.wait()
         if self.run is not None and self.run.status == "running":
             raise RunError(f"{self.run.id} is still running", "", "Stop it before you start another.")
         run = train(self.spec)
