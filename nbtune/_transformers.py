@@ -1,8 +1,8 @@
 """The parts of transformers that nbtune uses, safe to import from several threads at once.
 
-When its import ends, transformers replaces itself in `sys.modules`. A thread whose `from transformers import ...` waited
-for that import then looks into the module that was replaced, and fails. `import_module` takes the one that is there
-when the wait is over; whoever imports this module waits for all of it.
+When its import ends, transformers replaces itself in `sys.modules`. A thread whose `from transformers import ...`
+waited for that import then looks into the module that was replaced, and fails. `import_module` takes the one that is
+there when the wait is over; whoever imports this module waits for all of it.
 """
 
 import importlib

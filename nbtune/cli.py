@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def demo(
     runs_dir: RunsDir = None,
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 60,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Open the chat when the training is done.")] = True,
 ) -> None:
     """Fine-tune the packaged model on Python's own documentation, and chat with what came out."""

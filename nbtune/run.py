@@ -30,7 +30,7 @@ from nbtune._names import new_id
 from nbtune.check import require
 from nbtune.errors import RunError
 from nbtune.spec import RunSpec
-from nbtune.train.events import Event, EventLog, read_events
+from nbtune.train.events import FILE, Event, EventLog, read_events
 
 Status = Literal["created", "running", "stopped", "finished", "failed", "interrupted"]
 
@@ -88,6 +88,7 @@ class Run:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._exception: BaseException | None = None
+        self._read: tuple[int, list[Event]] = (0, [])  # the size of the event file, and what was in it
 
     @classmethod
     def open(cls, id_or_path: str | Path, *, runs_dir: str | Path | None = None) -> Run:
@@ -119,7 +120,7 @@ class Run:
     def status(self) -> Status:
         if self._thread is not None and self._thread.is_alive():
             return "running"
-        events = read_events(self.path)
+        events = self.events()
         if events and events[-1]["type"] == "end":
             return events[-1]["status"]
         if self._exception is not None:
@@ -138,7 +139,11 @@ class Run:
 
     def events(self) -> list[Event]:
         """What happened so far; see docs/architecture.md for the fields."""
-        return read_events(self.path)
+        file = self.path / FILE
+        size = file.stat().st_size if file.exists() else 0
+        if size != self._read[0]:  # it is only ever appended to
+            self._read = size, read_events(self.path)
+        return self._read[1]
 
     def progress(self) -> Progress:
         """Step, total, time left and what is being done now."""

@@ -243,7 +243,10 @@ class RunSpec(_Part):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            wrong = [
+                f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
+                for e in error.errors()
+            ]
             raise SpecError("These settings cannot be used", "\n".join(wrong)) from error
 
     def to_yaml(self) -> str:
@@ -351,6 +354,11 @@ def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
             default=default,
             **{"label": _label(field.name), **field.metadata},
         )
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in a line. One that concerns several fields has no place, and its input is everything."""
+    return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}" if error["loc"] else error["msg"]
 
 
 def _label(name: str) -> str:

@@ -25,7 +25,7 @@ from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event
 from nbtune.train.loss import CausalLMLoss
-from nbtune.train.memory import PeakMemory, used_bytes
+from nbtune.train.memory import PeakMemory, trim_heap, used_bytes
 from nbtune.train.optim import adamw, learning_rate
 
 OnEvent = Callable[[Event], None]
@@ -143,6 +143,8 @@ def train(
         assert grad_norm is not None
         optimizer.step()
         optimizer.zero_grad()
+        if device.type == "cpu":
+            trim_heap()
         _require_finite(float(loss), step + 1)
 
         seconds = time.perf_counter() - began

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from nbtune_widgets import charts
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

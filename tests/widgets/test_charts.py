@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 import plotly.graph_objects as go
 import pytest
 import replay
+
 from nbtune_widgets import charts
 
 

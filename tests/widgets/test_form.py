@@ -1,12 +1,12 @@
 """The generated form: every setting has a field, what is typed becomes its value, what is wrong is said beside it."""
 
 import pytest
-from nbtune_widgets.form import Field, FieldError, Group
-from nbtune_widgets.specform import FormError, SpecForm
 
 from nbtune import LoraConfig, RunSpec
 from nbtune.errors import SpecError
 from nbtune.spec import settings
+from nbtune_widgets.form import Field, FieldError, Group
+from nbtune_widgets.specform import FormError, SpecForm
 
 
 @pytest.fixture

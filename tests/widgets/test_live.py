@@ -8,11 +8,11 @@ import time
 import ipywidgets
 import pytest
 import replay
-from nbtune_widgets import LiveView, charts, in_kernel
-from nbtune_widgets.terminal import TerminalView
 from rich.console import Console
 
 from nbtune.errors import RunError
+from nbtune_widgets import LiveView, charts, in_kernel
+from nbtune_widgets.terminal import TerminalView
 
 
 @pytest.fixture

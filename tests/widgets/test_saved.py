@@ -8,6 +8,7 @@ import papermill
 import pytest
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+
 from nbtune_widgets import charts
 
 HERE = Path(__file__).parent

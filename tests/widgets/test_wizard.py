@@ -5,13 +5,13 @@ import threading
 import time
 
 import ipywidgets
-import nbtune_widgets
 import pytest
-from nbtune_widgets import Wizard
-from nbtune_widgets._worker import Worker
 
 import nbtune as nt
+import nbtune_widgets
 from nbtune.errors import RunError
+from nbtune_widgets import Wizard
+from nbtune_widgets._worker import Worker
 
 SECONDS = 180  # the first look at a model imports transformers
 
