@@ -357,7 +357,7 @@ def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
 
 
 def _wrong(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in a line. One that concerns several fields has no place, and its input is everything."""
+    """One of pydantic's errors in a line; one that concerns several fields has no place."""
     return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}" if error["loc"] else error["msg"]
 
 
