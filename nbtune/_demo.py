@@ -44,8 +44,8 @@ def run_demo(runs_dir: Path, *, max_steps: int, chat: bool, console: Console) ->
     if chat:
         from nbtune.infer.arena import arena
 
+        console.print("[bold]Chat[/]      Ctrl-C ends it.")
         page = arena("base", run)
-        console.print(f"[bold]Chat[/]      {page.url}   (Ctrl-C ends it)")
         page.wait()
     else:
         console.print(f"[bold]Chat[/]      nbtune arena {run.id} --runs-dir {runs_dir}", highlight=False)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -58,10 +58,13 @@ def lab(
     from nbtune.notebook import copy_packaged
 
     notebook = copy_packaged("wizard.ipynb", folder)
-    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", str(notebook)]
+    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
+    command += [f"--ServerApp.root_dir={notebook.parent.resolve()}", f"--LabApp.default_url=/lab/tree/{notebook.name}"]
     if not browser:
         command.append("--no-browser")
-    sys.exit(subprocess.run(command, check=False).returncode)
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # a container; Jupyter asks to be told
+        command.append("--allow-root")
+    _serve(command)
 
 
 @app.command()
@@ -139,7 +142,7 @@ def arena(
         name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=folder) for name in run_ids
     ]
     page = open_arena("base", *columns, runs_dir=folder, port=port)
-    console.print(f"Chat: {page.url}   (Ctrl-C ends it)")
+    console.print("Ctrl-C ends it.")
     page.wait()
 
 
@@ -168,7 +171,7 @@ def ui(
         "--port",
         str(port),
     ]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    _serve(command)
 
 
 @app.command()
@@ -200,6 +203,16 @@ def check(
     if any(problem.severity == "error" for problem in problems):
         raise typer.Exit(1)
     console.print(f"Ready. Needs {plan(spec)}.", highlight=False)
+
+
+def _serve(command: list[str]) -> NoReturn:
+    """Run a server until it ends. Ctrl-C reaches it too, and it takes its time to shut down."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            sys.exit(process.wait())
+        except KeyboardInterrupt:
+            continue
 
 
 def _folder(runs_dir: Path | None) -> Path:

@@ -131,6 +131,24 @@ def test_ui_opens_mlflow_on_the_runs(trained, folder):
         process.wait()
 
 
+def test_lab_opens_jupyterlab_on_the_wizard(tmp_path):
+    from tests.train.test_tracking import free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "nbtune.cli", "lab", tmp_path / "work", "--no-browser", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        told = ""
+        while f"127.0.0.1:{port}/lab/tree/wizard.ipynb?token=" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        assert (tmp_path / "work" / "wizard.ipynb").exists()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.mark.slow
 def test_the_demo_lowers_the_held_out_loss_by_a_quarter(tmp_path):
     done = nbtune("demo", "--no-chat", "--max-steps", "12", "--runs-dir", tmp_path, env=os.environ | {"COLUMNS": "160"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -173,6 +174,10 @@ class _Reporter:
                 self.client.log_artifacts(self.run_id, str(file), artifact_path=name)
             elif file.exists():
                 self.client.log_artifact(self.run_id, str(file))
+        # The notebook of this kernel, as Jupyter last saved it; what papermill executes is attached by its caller.
+        notebook = Path(os.environ.get("JPY_SESSION_NAME", ""))
+        if notebook.suffix == ".ipynb" and notebook.is_file():
+            self.client.log_artifact(self.run_id, str(notebook))
         self.client.set_terminated(self.run_id, status=STATUS[ended])
 
     def _save(self) -> None:
