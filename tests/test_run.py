@@ -132,10 +132,16 @@ def test_resuming_a_finished_run_changes_nothing(finished):
 
 
 def test_a_run_that_another_process_trains_cannot_be_resumed_here(finished):
-    from filelock import FileLock
-
-    with FileLock(finished.path / ".lock"), pytest.raises(RunError, match="another process"):
-        Run.open(finished.path)._start()
+    code = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(finished.path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process"):
+            Run.open(finished.path)._start()
+        other.communicate("\n")
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
