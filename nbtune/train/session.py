@@ -18,7 +18,7 @@ from nbtune.data import Dataset, load_examples
 from nbtune.models import LoadedModel, compute_dtype, default_device, load
 from nbtune.peft import PeftModel, get_peft_model
 from nbtune.plan import plan
-from nbtune.spec import RunSpec
+from nbtune.spec import ModelSpec, RunSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event, read_events
 from nbtune.train.loop import Outcome, Schedule, eval_batches, train
@@ -81,7 +81,7 @@ def _train(
     return outcome
 
 
-def _model_spec(spec: RunSpec):  # noqa: ANN202 - ModelSpec
+def _model_spec(spec: RunSpec) -> ModelSpec:
     """The model as it is trained: with every weight trained, the weights are fp32 and the forward pass is cast."""
     if spec.method == "full" and spec.model.dtype == "auto":
         return spec.model.model_copy(update={"dtype": "float32"})

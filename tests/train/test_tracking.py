@@ -72,6 +72,15 @@ def test_a_notebook_can_be_attached(run, tmp_path):
     assert "executed.ipynb" in {item.path for item in client.list_artifacts(found.info.run_id)}
 
 
+def test_the_notebook_of_the_kernel_goes_along(run, tmp_path, monkeypatch):
+    notebook = tmp_path / "mine.ipynb"
+    notebook.write_text("{}")
+    monkeypatch.setenv("JPY_SESSION_NAME", str(notebook))  # as jupyter_server sets it for a notebook's kernel
+    tracking.sync(run.path)
+    client, found = logged(run)
+    assert "mine.ipynb" in {item.path for item in client.list_artifacts(found.info.run_id)}
+
+
 def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path):
     run = nt.train(spec(), runs_dir=tmp_path)
     while run.progress().step < 1:
