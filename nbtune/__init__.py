@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from nbtune.errors import NbtuneError
     from nbtune.infer.arena import arena
     from nbtune.infer.ask import ask
-    from nbtune.peft.config import LoraConfig, PeftConfig
+    from nbtune.peft.config import PeftConfig
+    from nbtune.peft.configs.lora import LoraConfig
     from nbtune.plan import Plan, plan
     from nbtune.run import Run, runs, train
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 # Imported when first used: torch, gradio and mlflow take seconds each.
 _HOME = {
     "DataSpec": "nbtune.spec",
-    "LoraConfig": "nbtune.peft.config",
+    "LoraConfig": "nbtune.peft.configs.lora",
     "ModelSpec": "nbtune.spec",
     "NbtuneError": "nbtune.errors",
     "PeftConfig": "nbtune.peft.config",
@@ -81,9 +82,13 @@ def wizard(**start_with: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'nbtune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name.endswith("Config"):  # every method's settings: nt.IA3Config, nt.OFTConfig, ...
+        peft = importlib.import_module("nbtune.peft")
+        if name in peft.__all__:
+            return getattr(peft, name)
+    raise AttributeError(f"module 'nbtune' has no attribute {name!r}")
 
 
 class _Face(ModuleType):

@@ -32,7 +32,8 @@ from pydantic import (
 )
 
 from nbtune.errors import SpecError
-from nbtune.peft.config import LoraConfig, PeftConfig
+from nbtune.peft.config import PeftConfig
+from nbtune.peft.configs.lora import LoraConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages"]

@@ -1,6 +1,6 @@
 """The adapter engine. Names and files are PEFT's: change `from peft import` to `from nbtune.peft import` and go on.
 
-Configs import no torch; the rest is imported when it is first used.
+Configs import no torch; everything is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -8,27 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nbtune.peft.config import LayerConfig, LoraConfig, PeftConfig, PeftType, TaskType
+from nbtune.peft.config import METHODS, LayerConfig, PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
+    from nbtune.peft.configs.lora import LoraConfig
     from nbtune.peft.layer import Adapter, AdapterLayer
     from nbtune.peft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from nbtune.peft.targets import find_targets
-
-__all__ = [
-    "Adapter",
-    "AdapterLayer",
-    "LayerConfig",
-    "LoraConfig",
-    "PeftConfig",
-    "PeftModel",
-    "PeftType",
-    "TaskType",
-    "find_targets",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "set_peft_model_state_dict",
-]
 
 _HOMES = {
     "Adapter": "layer",
@@ -38,7 +24,10 @@ _HOMES = {
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
     "set_peft_model_state_dict": "model",
+    **{method.config: f"configs.{method.module}" for method in METHODS.values()},
 }
+
+__all__ = ["LayerConfig", "PeftConfig", "PeftType", "TaskType", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

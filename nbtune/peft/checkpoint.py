@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune.errors import AdapterError
 from nbtune.peft.config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
-from nbtune.peft.layer import Adapter, SavedModule
+from nbtune.peft.layer import PREFIX, Adapter, Shared
 
-PREFIX = "base_model.model."
 _SHOWN = 8  # keys listed in an error
 
 
@@ -34,27 +33,31 @@ class LoadResult(NamedTuple):
 
 def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """The tensors of one adapter, by module path, under their keys in the file."""
-    return {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
+    tensors: dict[str, Tensor] = {}
+    for prefix, part in _parts(adapters):
+        tensors |= {prefix + name: tensor for name, tensor in part.saved(part.own_state()).items()}
+    return tensors
 
 
 def gathered_tensors(adapters: Mapping[str, Adapter], name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same from a full state dict of the PeftModel, where the adapter's tensors go by `...adapters.<name>.`."""
-    tensors = {}
-    for path, adapter in adapters.items():
-        for key, _, own in _keys({path: adapter}):
-            tensors[key] = state_dict[f"{PREFIX}{path}.adapters.{name}.{own}"]
+    paths = {id(adapter): f"{PREFIX}{path}.adapters.{name}." for path, adapter in adapters.items()}
+    first = next(iter(adapters))
+    tensors: dict[str, Tensor] = {}
+    for prefix, part in _parts(adapters):
+        inside = paths.get(id(part), f"{PREFIX}{first}.adapters.{name}.shared.")
+        state = {own: state_dict[inside + own] for own in part.own_state()}
+        tensors |= {prefix + own: tensor for own, tensor in part.saved(state).items()}
     return tensors
 
 
-def _keys(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, Adapter, str]]:
-    """Each tensor's key in the file, the adapter that has it, and its name there."""
+def _parts(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, Adapter | Shared]]:
+    """What goes into the file, each with the prefix of its keys: the layers' adapters, and what they share."""
     for path, adapter in adapters.items():
-        for name in adapter.state_dict():
-            # A saved module stands in the file under its own names, as if it were the base model's.
-            stored = (
-                name.removeprefix("module.") if isinstance(adapter, SavedModule) else adapter.file_names.get(name, name)
-            )
-            yield f"{PREFIX}{path}.{stored}", adapter, name
+        yield adapter.file_prefix(path), adapter
+    shared = {module for adapter in adapters.values() for module in adapter.modules() if isinstance(module, Shared)}
+    for module in shared:
+        yield "base_model.", module
 
 
 def fill(
@@ -66,7 +69,8 @@ def fill(
     to the model's. Raises AdapterError where a tensor has another shape and, if strict, where one is missing or has no
     place; nothing is copied then.
     """
-    places = {key: adapter.state_dict()[name] for key, adapter, name in _keys(adapters)}
+    parts = list(_parts(adapters))
+    places = adapter_tensors(adapters)
     missing = sorted(places.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - places.keys())
     base: dict[str, Tensor] = {}
@@ -89,8 +93,9 @@ def fill(
         remedy = "Is it the same base model?" + (" strict=False loads what fits." if strict and not wrong else "")
         raise AdapterError("The adapter does not fit the model", "\n".join(filter(None, problems)), remedy)
     with torch.no_grad():
-        for key in common:
-            places[key].copy_(tensors[key])
+        for prefix, part in parts:
+            names = [name for name in part.saved(part.own_state()) if prefix + name in tensors]
+            part.load({name: tensors[prefix + name] for name in names})
     return LoadResult(missing, unexpected)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import re
 import typing
@@ -35,6 +36,31 @@ class PeftType(StrEnum):
     """The methods that nbtune knows, under PEFT's names."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    BEFT = "BEFT"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    OFT = "OFT"
+    BOFT = "BOFT"
+    HRA = "HRA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    VERA = "VERA"
+    RANDLORA = "RANDLORA"
+    FOURIERFT = "FOURIERFT"
+    WAVEFT = "WAVEFT"
+    C3A = "C3A"
+    VBLORA = "VBLORA"
+    SHIRA = "SHIRA"
+    HIRA = "HIRA"
+    MISS = "MISS"
+    GRALORA = "GRALORA"
+    ROAD = "ROAD"
+    DELORA = "DELORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    P_TUNING = "P_TUNING"
 
 
 class TaskType(StrEnum):
@@ -118,7 +144,7 @@ class PeftConfig:
     def _from_dict(cls, values: Mapping[str, Any], *, from_file: bool) -> PeftConfig:
         values = dict(values)
         values.pop("runtime_config", None)  # PEFT: how to run, never a part of the adapter
-        kind = _config_class(str(values.pop("peft_type", None) or cls.peft_type))
+        kind = config_class(str(values.pop("peft_type", None) or cls.peft_type))
         if not issubclass(kind, cls):
             raise AdapterError("Another method", f"This is a {kind.peft_type} adapter, not {cls.peft_type}.")
         if from_file:
@@ -194,14 +220,19 @@ class LayerConfig(PeftConfig):
         advanced=True,
     )
 
+    @property
+    def trained_biases(self) -> str:
+        """Which biases of the base model are trained: none, targets (of the adapted modules) or all."""
+        return "none"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_modules in ([], ""):
             raise invalid("target_modules", self.target_modules, "must name at least one module, or be None")
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            _check_regex("target_modules", self.target_modules)
+            check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
-            _check_regex("exclude_modules", self.exclude_modules)
+            check_regex("exclude_modules", self.exclude_modules)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 message = f"{name} is set, but target_modules is the text {self.target_modules!r}."
@@ -213,95 +244,109 @@ class LayerConfig(PeftConfig):
                 "layers_pattern is set alone", "layers_pattern only says where layers_to_transform counts."
             )
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
-            _check_regex("layers_pattern", pattern)
+            check_regex("layers_pattern", pattern)
 
-    @property
-    def patterns(self) -> dict[str, dict[str, Any]]:
-        """The settings that give some modules another value, by name: {"rank_pattern": {"q_proj": 4}}."""
-        return {}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LoraConfig(LayerConfig):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Names and defaults are those of peft 0.21."""
-
-    peft_type: ClassVar[str] = "LORA"
-
-    r: int = setting(8, help="Rank of the update.", label="Rank r", ge=1, sweepable=True)
-    lora_alpha: float = setting(
-        8, help="Strength of the update: it is scaled by lora_alpha / r.", label="Alpha", gt=0, sweepable=True
-    )
-    lora_dropout: float = setting(
-        0.0, help="Share of the adapter's inputs dropped in training.", label="Dropout", ge=0, lt=1, sweepable=True
-    )
-    use_rslora: bool = setting(
-        False,
-        help="Scale by lora_alpha / sqrt(r) instead, so that high ranks keep learning (Kalajdzievski 2023).",
-        label="rsLoRA",
-        advanced=True,
-        sweepable=True,
-    )
-    init_lora_weights: bool | str = setting(
-        True,
-        help="First weights: True (uniform A, zero B), gaussian (normal A, zero B), or False (both random: the adapter "
-        "changes the model from the start; for tests).",
-        label="Initialisation",
-        choices=(True, False, "gaussian"),
-        advanced=True,
-    )
-    rank_pattern: dict[str, int] = setting(
-        factory=dict, help="Another rank for some modules: a name or regular expression and its rank.", advanced=True
-    )
-    alpha_pattern: dict[str, float] = setting(
-        factory=dict, help="Another alpha for some modules: a name or regular expression and its alpha.", advanced=True
-    )
-
-    bias: str = pending("none")
-    fan_in_fan_out: bool = pending(False)
-    lora_bias: bool = pending(False)
-    use_dora: bool = pending(False)
-    use_qalora: bool = pending(False)
-    use_bdlora: Any = pending()
-    ensure_weight_tying: bool = pending(False)
-    target_parameters: list[str] | None = pending()
-    trainable_token_indices: Any = pending()
-    layer_replication: Any = pending()
-    alora_invocation_tokens: Any = pending()
-    loftq_config: dict[str, Any] = pending({})
-    eva_config: Any = pending()
-    corda_config: Any = pending()
-    lora_ga_config: Any = pending()
-    velora_config: Any = pending()
-    arrow_config: Any = pending()
-    kasa_config: Any = pending()
-    monteclora_config: Any = pending()
-    megatron_config: Any = pending()
-    megatron_core: str | None = "megatron.core"  # read by PEFT only together with megatron_config
-    qalora_group_size: int = 16  # read by PEFT only together with use_qalora
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
         for name, patterns in self.patterns.items():
             for pattern, value in patterns.items():
-                _check_regex(name, pattern)
+                check_regex(name, pattern)
                 if value <= 0:
                     raise invalid(f"{name}[{pattern!r}]", value, "must be more than 0")
 
     @property
     def patterns(self) -> dict[str, dict[str, Any]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        """The settings that give some modules another value, by name: {"rank_pattern": {"q_proj": 4}}."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name.endswith("_pattern") and isinstance(value, dict)}
 
 
-_CONFIGS: dict[str, type[PeftConfig]] = {cls.peft_type: cls for cls in (LoraConfig,)}
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class BiasedConfig(LayerConfig):
+    """Layer methods that can train the base model's biases too."""
+
+    only: ClassVar[str] = ""  # PEFT's word for the biases of the adapted modules
+
+    bias: str = setting(
+        "none",
+        help="Biases of the base model to train and save: none, those of the adapted modules (<method>_only), or all.",
+        label="Biases",
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias not in ("none", "all", self.only):
+            raise invalid("bias", self.bias, f"must be one of 'none', 'all', {self.only!r}")
+
+    @property
+    def trained_biases(self) -> str:
+        return {"none": "none", "all": "all"}.get(self.bias, "targets")
 
 
-def _config_class(peft_type: str) -> type[PeftConfig]:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class PromptLearningConfig(PeftConfig):
+    """Methods that train a prompt of virtual tokens; the model itself stays as it is."""
+
+    num_virtual_tokens: int = setting(
+        20, help="Length of the trained prompt.", label="Virtual tokens", unit="tokens", ge=1, sweepable=True
+    )
+    # Facts of the base model, filled in when the adapter is made; PEFT reads them from the file.
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = setting(
+        None, help="Modules to train in full and to save with the adapter.", label="Modules trained in full", advanced=True
+    )
+
+
+class Method(typing.NamedTuple):
+    """Where a method is: nbtune.peft.configs.<module>.<config> and nbtune.peft.methods.<module>.<adapter>."""
+
+    module: str
+    config: str
+    adapter: str
+
+
+METHODS: dict[PeftType, Method] = {
+    PeftType.LORA: Method("lora", "LoraConfig", "Lora"),
+    PeftType.ADALORA: Method("adalora", "AdaLoraConfig", "AdaLora"),
+    PeftType.IA3: Method("ia3", "IA3Config", "IA3"),
+    PeftType.LN_TUNING: Method("ln_tuning", "LNTuningConfig", "LNTuning"),
+    PeftType.BEFT: Method("beft", "BeftConfig", "Beft"),
+    PeftType.TRAINABLE_TOKENS: Method("trainable_tokens", "TrainableTokensConfig", "TrainableTokens"),
+    PeftType.OFT: Method("oft", "OFTConfig", "OFT"),
+    PeftType.BOFT: Method("boft", "BOFTConfig", "BOFT"),
+    PeftType.HRA: Method("hra", "HRAConfig", "HRA"),
+    PeftType.LOHA: Method("loha", "LoHaConfig", "LoHa"),
+    PeftType.LOKR: Method("lokr", "LoKrConfig", "LoKr"),
+    PeftType.VERA: Method("vera", "VeraConfig", "Vera"),
+    PeftType.RANDLORA: Method("randlora", "RandLoraConfig", "RandLora"),
+    PeftType.FOURIERFT: Method("fourierft", "FourierFTConfig", "FourierFT"),
+    PeftType.WAVEFT: Method("waveft", "WaveFTConfig", "WaveFT"),
+    PeftType.C3A: Method("c3a", "C3AConfig", "C3A"),
+    PeftType.VBLORA: Method("vblora", "VBLoRAConfig", "VBLoRA"),
+    PeftType.SHIRA: Method("shira", "ShiraConfig", "Shira"),
+    PeftType.HIRA: Method("hira", "HiraConfig", "Hira"),
+    PeftType.MISS: Method("miss", "MissConfig", "Miss"),
+    PeftType.GRALORA: Method("gralora", "GraloraConfig", "Gralora"),
+    PeftType.ROAD: Method("road", "RoadConfig", "Road"),
+    PeftType.DELORA: Method("delora", "DeloraConfig", "Delora"),
+    PeftType.PROMPT_TUNING: Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
+    PeftType.PREFIX_TUNING: Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
+    PeftType.P_TUNING: Method("p_tuning", "PromptEncoderConfig", "PromptEncoder"),
+}
+
+
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The config class of a method, by PEFT's name of it in any case. Raises AdapterError for an unknown one."""
+    known = ", ".join(METHODS)
     if not peft_type:
-        raise AdapterError("No method", "There is no peft_type.", f"nbtune knows {', '.join(_CONFIGS)}.")
-    if peft_type.upper() not in _CONFIGS:
-        remedy = f"nbtune knows {', '.join(_CONFIGS)}, and 'full' for a run that trains every weight."
+        raise AdapterError("No method", "There is no peft_type.", f"nbtune knows {known}.")
+    if peft_type.upper() not in list(PeftType):
+        remedy = f"nbtune knows {known}, and 'full' for a run that trains every weight."
         raise AdapterError("Unknown method", f"peft_type is {peft_type!r}.", remedy)
-    return _CONFIGS[peft_type.upper()]
+    method = METHODS[PeftType(peft_type.upper())]
+    return vars(importlib.import_module(f"nbtune.peft.configs.{method.module}"))[method.config]
 
 
 def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -390,7 +435,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_regex(name: str, pattern: str) -> None:
+def check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft.config import LayerConfig
-from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule
+from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig
+from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule, Several
 from nbtune.peft.methods import adapter_class
-from nbtune.peft.targets import matching, saved_modules, walk
+from nbtune.peft.methods.bias import Bias
+from nbtune.peft.quantised import is_quantised
+from nbtune.peft.targets import Place, matching, saved_modules, walk
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -26,41 +29,77 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield path, layer
 
 
-def build(model: nn.Module, config: LayerConfig) -> dict[str, Adapter]:
+def build(model: nn.Module, config: PeftConfig) -> dict[str, Adapter]:
     """New adapters by module path for a resolved config, not yet in the model.
 
     Raises AdapterError where the method cannot adapt a module that the config names.
     """
     places = walk(model)
+    if isinstance(config, PromptLearningConfig):
+        adapters = _prompt(model, config, places)
+    else:
+        assert isinstance(config, LayerConfig)
+        adapters = _layers(config, places)
+        _add_biases(adapters, config, places)
+        _add_saved_modules(adapters, config, places)
+    for adapter in adapters.values():
+        adapter.requires_grad_(not config.inference_mode)
+    return adapters
+
+
+def _layers(config: LayerConfig, places: dict[str, Place]) -> dict[str, Adapter]:
     kind = adapter_class(config)
-    adapters: dict[str, Adapter] = {}
-    for path in matching(config, places):
-        base_layer = places[path].module
-        _check_base(kind, config, path, base_layer)
-        adapters[path] = kind.create(base_layer, config, path)
+    bases = {path: places[path].module for path in matching(config, places)}
+    for path, base in bases.items():
+        _check_base(kind, config, path, base)
+    shared = kind.share(config, bases)
+    return {path: kind.create(base, config, path, shared) for path, base in bases.items()}
+
+
+def _check_base(kind: type[Adapter], config: PeftConfig, path: str, base: nn.Module) -> None:
+    if not isinstance(base, kind.bases):
+        can = ", ".join(known.__name__ for known in kind.bases)
+        message = f"{path} is a {type(base).__name__}; {config.peft_type} adapts {can}."
+        raise AdapterError(
+            "Wrong kind of module", message, "Leave it out of target_modules, or name it in exclude_modules."
+        )
+    weight = base.weight
+    if isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not is_quantised(base):
+        message = f"{path} ({type(base).__name__}) holds {weight.dtype} weights; {config.peft_type} cannot adapt them."
+        raise AdapterError("Unknown quantisation", message, "Load the model in 4 or 8 bit with bitsandbytes, or whole.")
+
+
+def _add_biases(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
+    if config.trained_biases == "none":
+        return
+    saved = saved_modules(config, places)
+    paths = list(places) if config.trained_biases == "all" else list(adapters)
+    for path in paths:
+        base = places[path].module
+        if base._parameters.get("bias") is None or any(path == other or path.startswith(f"{other}.") for other in saved):
+            continue
+        _check_base(Bias, config, path, base)
+        bias = Bias.create(base, config, path, path in adapters)
+        adapters[path] = Several([adapters[path], bias]) if path in adapters else bias
+
+
+def _add_saved_modules(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
     saved = saved_modules(config, places)
     for path in saved:
         if path in adapters or any(path.startswith(f"{other}.") for other in saved):
             message = f"{path} is to be saved whole, and is adapted or inside another module that is saved whole."
             raise AdapterError("A module is named twice", message, "Name it in modules_to_save or in target_modules.")
         adapters[path] = SavedModule(copy.deepcopy(places[path].module))
-    for adapter in adapters.values():
-        adapter.requires_grad_(not config.inference_mode)
-    return adapters
 
 
-def _check_base(kind: type[Adapter], config: LayerConfig, path: str, base_layer: nn.Module) -> None:
-    if not isinstance(base_layer, kind.bases):
-        can = ", ".join(base.__name__ for base in kind.bases)
-        message = f"{path} is a {type(base_layer).__name__}; {config.peft_type} adapts {can}."
-        raise AdapterError(
-            "Wrong kind of module", message, "Leave it out of target_modules, or name it in exclude_modules."
-        )
-    weight = base_layer.weight
-    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-        holds = f"{path} ({type(base_layer).__name__}) holds {weight.dtype} weights"
-        message = f"{holds}; {config.peft_type} cannot adapt them yet."
-        raise AdapterError("Quantised module", message, "Load the model in bfloat16 or float32.")
+def _prompt(model: nn.Module, config: PromptLearningConfig, places: dict[str, Place]) -> dict[str, Adapter]:
+    """A prompt hangs at the input embedding, which stays as it is; PeftModel puts it before the tokens."""
+    if not isinstance(model, PreTrainedModel):
+        message = f"{type(model).__name__} is no model of transformers; {config.peft_type} needs its embeddings."
+        raise AdapterError("No place for a prompt", message, "Use a method that adapts layers, such as LORA.")
+    embedding = model.get_input_embeddings()
+    path = next(path for path, place in places.items() if place.module in (embedding, embedding._modules.get("base_layer")))
+    return {path: adapter_class(config).create(model, config, path, None)}
 
 
 def attach(model: nn.Module, state: ActiveAdapters, name: str, adapters: dict[str, Adapter]) -> None:
@@ -70,7 +109,7 @@ def attach(model: nn.Module, state: ActiveAdapters, name: str, adapters: dict[st
         place = places[path]
         layer = place.parent._modules[place.attribute]
         if not isinstance(layer, AdapterLayer):
-            layer = AdapterLayer(place.module, state)
+            layer = AdapterLayer(place.module, state, path)
             layer.train(place.module.training)
             setattr(place.parent, place.attribute, layer)
         adapter.train(layer.training)

@@ -11,51 +11,146 @@ Switching costs the same for 1 and for 64 adapters, on 1 and on 224 layers: all 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
+from nbtune.peft import quantised
+from nbtune.peft.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
 from nbtune.peft.config import PeftConfig
+from nbtune.peft.rows import BASE, Group, Rows, stacked
 
-BASE = "__base__"  # the adapter name of a row that is left to the base model, as in PEFT
+PREFIX = "base_model.model."  # of a module's path in a file
+
+__all__ = ["BASE", "ActiveAdapters", "Adapter", "AdapterLayer", "Replacement", "SavedModule", "Several", "Shared"]
 
 
-class Adapter(nn.Module):
-    """One adapter on one base layer.
+class _Stored(nn.Module):
+    """A module whose tensors go into an adapter's file, under PEFT's names."""
 
-    Parameters and buffers are the adapter's own; they are stored in a checkpoint as `<module path>.<name>`, unless
-    `file_names` gives PEFT's name.
+    file_names: ClassVar[dict[str, str]] = {}  # by the name here, where PEFT's is another
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Its tensors by name, without those that it shares with other layers."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("shared.")}
+
+    def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the file holds, by name, for these tensors of `own_state`."""
+        return {self.file_names.get(name, name): tensor for name, tensor in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors of a file, by name; their shapes are those of `saved`. Those that are not given stay."""
+        state = self.own_state()
+        for name, tensor in self.saved(state).items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+
+
+class Shared(_Stored):
+    """What all layers of one adapter share, such as VeRA's random matrices; in the file under `base_model.<name>`.
+
+    Buffers that are not persistent are not stored: they are made again from a seed.
     """
 
-    bases: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    file_names: ClassVar[dict[str, str]] = {}
+
+class Adapter(_Stored):
+    """One adapter on one base layer: parameters, and the equation of its method.
+
+    A method overrides `delta_weight`, which is enough; `forward` where the equation is cheaper than its dense weight;
+    `before` where it changes the layer's input, and then sets `rotates`; `merged_weight` and `merged_bias` where the
+    merged layer is more than weight + delta. Its code must run under `torch.vmap` (no in-place writes into tensors
+    that are not its own, no branches on values), which is how another adapter per row is batched; see `forward_rows`.
+    """
+
+    bases: ClassVar[tuple[type[nn.Module], ...]] = LINEARS
+    rotates: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False  # whether add_weighted_adapter can combine such adapters
 
     @classmethod
-    def create(cls, base_layer: nn.Module, config: Any, path: str) -> Self:
-        """A new adapter for the base layer at `path`, with its first weights, on the base layer's device."""
+    def share(cls, config: Any, bases: Mapping[str, nn.Module]) -> Shared | None:
+        """What the layers of a new adapter will share, given all its base layers by path."""
+        return None
+
+    @classmethod
+    def create(cls, base: nn.Module, config: Any, path: str, shared: Any) -> Self:
+        """A new adapter for the base layer at `path`, with its first weights, on the base layer's device.
+
+        On the meta device it only has shapes. Raises AdapterError where the method cannot serve this layer.
+        """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output [..., out] for input x [..., in] and the base layer's output y [..., out].
+    def before(self, x: Tensor) -> Tensor:
+        """The input that the layer below gets for the input x."""
+        return x
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """The adapted output [..., out] for the layer's input x [..., in] and the output y [..., out] so far.
 
         Without gradients `y` is the adapter's to overwrite: nothing else reads it.
         """
-        return y + F.linear(x, self.delta_weight().to(x.dtype))
+        return y + apply_weight(base, x, self.delta_weight(base))
 
-    def delta_weight(self) -> Tensor:
-        """What the adapter adds to the base layer's weight, [out, in], in the adapter's own precision."""
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        """What is added to the base layer's weight, in its shape (base.weight_of), in the adapter's precision."""
         raise NotImplementedError
 
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """The weight [out, in] of a plain layer that computes the same; in the precision of the adapter."""
-        return weight + self.delta_weight()
+    def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
+        """The weight of a plain layer that computes the same. `weight` may hold other adapters; `base` is without."""
+        return weight + self.delta_weight(base)
+
+    def merged_bias(self, bias: Tensor | None, base: nn.Module) -> Tensor | None:
+        """The bias [out] of that plain layer."""
+        return bias
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the training loss, if anything."""
+        return None
+
+    def file_prefix(self, path: str) -> str:
+        """What stands before its tensors' names in a file."""
+        return f"{PREFIX}{path}."
+
+    def batch_key(self) -> Hashable:
+        """Adapters with the same key are computed in one batch: here, the same shapes and settings."""
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in self.state_dict(keep_vars=True).items())
+        settings = (item for item in vars(self).items() if isinstance(item[1], int | float | str | tuple))
+        return (type(self), shapes, tuple(settings))
+
+    @classmethod
+    def before_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor) -> Tensor:
+        """`before` with another adapter per row: for x [B, ...], row b by `adapters[group.which[b]]`."""
+        return stacked(cls.before, adapters, group, x)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """`forward` with another adapter per row: for x and y [B, ...], row b by `adapters[group.which[b]]`."""
+        return stacked(lambda adapter, x, y: adapter(x, y, base), adapters, group, x, y)
 
 
-class SavedModule(Adapter):
+class Replacement(Adapter):
+    """An adapter that is called instead of its base module, with all the module's arguments."""
+
+    @classmethod
+    def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output with all these adapters active."""
+        raise NotImplementedError
+
+    @classmethod
+    def forward_each(
+        cls, adapters: Sequence[Self], group: Group, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The output for x [B, ...], row b by `adapters[group.which[b]]`, or by the base where that is -1."""
+        raise NotImplementedError
+
+    def merged_module(self, module: nn.Module) -> nn.Module:
+        """A plain module that computes the same; `module` is the base or holds other adapters already."""
+        raise NotImplementedError
+
+
+class SavedModule(Replacement):
     """A full, trained copy of a module (`modules_to_save`): it is called instead of the base, and saved whole."""
 
     bases = (nn.Module,)
@@ -64,33 +159,86 @@ class SavedModule(Adapter):
         super().__init__()
         self.module = module
 
+    def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under the module's own names, as if it were the base model's."""
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
-class Rows:
-    """The adapter of every row of a batch, for one forward pass or one generation."""
+    @classmethod
+    def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return adapters[-1].module(x, *args, **kwargs)
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._groups: dict[tuple[int, torch.device], tuple[list[tuple[str, Tensor]], Tensor]] = {}
+    @classmethod
+    def forward_each(
+        cls, adapters: Sequence[Self], group: Group, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Each row goes through its own module once: no weight is copied, and no product is computed in vain."""
+        parts, order = [], []
+        for number, module in [(-1, base), *((number, adapter.module) for number, adapter in enumerate(adapters))]:
+            rows = group.rows_of(number)
+            if rows is not None:
+                parts.append(module(x[rows], *args, **kwargs))
+                order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def groups(self, x: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
-        """The rows of x [B, T, in] by adapter name, and the order that undoes the grouping."""
-        key = (x.shape[0], x.device)
-        if key not in self._groups:
-            self._groups[key] = self._group(x)
-        return self._groups[key]
+    def merged_module(self, module: nn.Module) -> nn.Module:
+        return self.module
 
-    def _group(self, x: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
-        rows, repeats = x.shape[0], x.shape[0] // len(self.names)
-        # Generation repeats each row for its beams, side by side. A flat [tokens, in] input has no rows to tell apart.
-        if x.ndim < 3 or rows != repeats * len(self.names):
-            message = f"adapter_names has {len(self.names)} names, but a layer got an input of shape {tuple(x.shape)}."
-            raise AdapterError(
-                "Rows and adapters differ", message, "Give one name per row, and rows as [batch, tokens]."
-            )
-        names = [name for name in self.names for _ in range(repeats)]
-        groups = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
-        order = torch.tensor([row for group in groups.values() for row in group], device=x.device)
-        return [(name, torch.tensor(group, device=x.device)) for name, group in groups.items()], order.argsort()
+
+class Several(Adapter):
+    """Adapters of one name that meet in one layer, such as a low-rank update and a trained bias."""
+
+    bases = (nn.Module,)
+    rotates = True
+
+    def __init__(self, parts: Sequence[Adapter]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def before(self, x: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            x = part.before(x)
+        return x
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        inputs = [x]
+        for part in reversed(self.parts[1:]):
+            inputs.append(part.before(inputs[-1]))
+        for part in self.parts:
+            y = part(inputs.pop(), y, base)
+        return y
+
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        return sum((part.delta_weight(base) for part in self.parts[1:]), self.parts[0].delta_weight(base))
+
+    def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
+        for part in self.parts:
+            weight = part.merged_weight(weight, base)
+        return weight
+
+    def merged_bias(self, bias: Tensor | None, base: nn.Module) -> Tensor | None:
+        for part in self.parts:
+            bias = part.merged_bias(bias, base)
+        return bias
+
+    def penalty(self) -> Tensor | None:
+        penalties = [penalty for part in self.parts if (penalty := part.penalty()) is not None]
+        return torch.stack(penalties).sum() if penalties else None
+
+    def own_state(self) -> dict[str, Tensor]:
+        states = (part.own_state() for part in self.parts)
+        return {f"parts.{number}.{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()}
+
+    def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        saved: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            prefix = f"parts.{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            saved |= part.saved(own)
+        return saved
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            part.load(tensors)
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,15 +271,16 @@ class AdapterLayer(nn.Module):
     base_layer: Any  # a module; its `weight` and `bias` are Tensors, which nn.Module does not say
     adapters: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module, state: ActiveAdapters) -> None:
+    def __init__(self, base_layer: nn.Module, state: ActiveAdapters, path: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.state = state
+        self.path = path
         # The same adapters again, by what a forward pass does with them; a plain dict costs no attribute look-up.
         self._by_name: dict[str, Adapter] = {}
-        self._saved: dict[str, nn.Module] = {}
-        # The unmerged weight (or module), while adapters are merged; in a tuple, so that it is no parameter of ours.
+        self._replacing: dict[str, Replacement] = {}
+        # The unmerged module, while adapters are merged; in a tuple, so that it is no submodule of ours.
         self._original: tuple[Any, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
@@ -144,94 +293,131 @@ class AdapterLayer(nn.Module):
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
-        if isinstance(adapter, SavedModule):
-            self._saved[name] = adapter.module
+        if isinstance(adapter, Replacement):
+            self._replacing[name] = adapter
         else:
             self._by_name[name] = adapter
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
         self._by_name.pop(name, None)
-        self._saved.pop(name, None)
+        self._replacing.pop(name, None)
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if state.rows is not None:
             return self._by_row(x, state.rows, args, kwargs)
-        module = self._modules["base_layer"]
-        for name in state.applied if self._saved else ():
-            module = self._saved.get(name, module)
-        y = module(x, *args, **kwargs)  # type: ignore[misc]
-        for name in state.applied:
-            adapter = self._by_name.get(name)  # adapters differ in the layers that they adapt
-            if adapter is not None:
-                y = adapter(x, y)
+        call = self._called()
+        # Adapters differ in the layers that they adapt.
+        adapters = [self._by_name[name] for name in state.applied if name in self._by_name]
+        if not any(adapter.rotates for adapter in adapters):
+            y = call(x, *args, **kwargs)
+            for adapter in adapters:
+                y = adapter(x, y, self.base_layer)
+            return y
+        # As if merged one after the other: an adapter sees its input as the later ones have changed it.
+        inputs = [x]
+        for adapter in reversed(adapters):
+            inputs.append(adapter.before(inputs[-1]))
+        y = call(inputs.pop(), *args, **kwargs)
+        for adapter in adapters:
+            y = adapter(inputs.pop(), y, self.base_layer)
         return y
 
-    def _by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if not any(name in self.adapters for name in rows.names):
+    def _called(self) -> Callable[..., Any]:
+        """The base module, or what replaces it."""
+        base = self._modules["base_layer"]
+        assert base is not None
+        if not self._replacing:
+            return base
+        active = [self._replacing[name] for name in self.state.applied if name in self._replacing]
+        if not active:
+            return base
+        kind = type(active[-1])
+        alike = [adapter for adapter in active if type(adapter) is kind]
+        return lambda x, *args, **kwargs: kind.forward_several(alike, base, x, *args, **kwargs)
+
+    def _by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batches: dict[Hashable, list[str]] = {}
+        for name in rows.distinct:
+            if name in self._by_name:
+                batches.setdefault(self._by_name[name].batch_key(), []).append(name)
+        parts = [
+            ([self._by_name[name] for name in names], rows.group(names, x, self.path)) for names in batches.values()
+        ]
+        y_in = x
+        for adapters, group in parts:
+            if adapters[0].rotates:
+                changed = type(adapters[0]).before_rows(adapters, group, group.select(x))
+                y_in = group.put(y_in, changed)
+        y = self._called_by_row(y_in, rows, args, kwargs)
+        for adapters, group in parts:
+            y = group.put(y, type(adapters[0]).forward_rows(adapters, group, group.select(x), group.select(y), self.base_layer))
+        return y
+
+    def _called_by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = [name for name in rows.distinct if name in self._replacing]
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        groups, order = rows.groups(x)
-        y = self.base_layer(x, *args, **kwargs)
-        parts = []
-        for name, index in groups:
-            if name in self._saved:
-                parts.append(self._saved[name](x[index], *args, **kwargs))
-            elif name in self._by_name:
-                parts.append(self._by_name[name](x[index], y[index]))
-            else:
-                parts.append(y[index])
-        return torch.cat(parts)[order]
+        adapters = [self._replacing[name] for name in names]
+        kind = type(adapters[0])
+        if any(type(adapter) is not kind for adapter in adapters):
+            message = f"The rows' adapters replace {self.path} by different methods."
+            raise AdapterError("Cannot mix these adapters", message, "Give them separate batches.")
+        return kind.forward_each(adapters, rows.group(names, x, self.path, whole=True), self.base_layer, x, *args, **kwargs)
 
     def merge(self, names: Sequence[str]) -> None:
         """Put exactly these adapters into the base weights, in this order.
 
-        The weight is replaced, not changed, so that a weight tied to it (an embedding) stays what it was, and `unmerge`
-        puts the very same parameter back. Costs the memory of one weight. Raises AdapterError for a weight that would
-        hold inf or nan; the layer then is as it was.
+        The base layer is set aside and comes back with `unmerge` as it was; this costs the memory of one weight. A
+        quantised layer gives way to a 16-bit one. Raises AdapterError for a weight that would hold inf or nan; the
+        layer then is as it was.
         """
-        mine = [self.adapters[name] for name in names if name in self.adapters]
         self.unmerge()
+        mine = [self.adapters[name] for name in names if name in self.adapters]
         if not mine:
             return
-        saved = [adapter.module for adapter in mine if isinstance(adapter, SavedModule)]
-        if saved and len(mine) > 1:
-            message = "Two of the adapters meet in one layer, and one of them is a whole copy of it (modules_to_save)."
+        replacing = [adapter for adapter in mine if isinstance(adapter, Replacement)]
+        if any(isinstance(adapter, SavedModule) for adapter in mine) and len(mine) > 1 or 0 < len(replacing) < len(mine):
+            message = f"Two adapters meet in {self.path}, and one of them is a whole copy of it (modules_to_save)."
             raise AdapterError("Cannot merge", message, "Merge one of them.")
-        if saved:
-            self._original = (self.base_layer,)
-            self.base_layer = saved[0]
-        else:
-            self._merge_weight(mine)
+        merged: Any = self.base_layer
+        with torch.no_grad():
+            for adapter in replacing:
+                merged = adapter.merged_module(merged)
+            if not replacing:
+                merged = self._merged(mine)
+        self._original = (self.base_layer,)
+        self.base_layer = merged
 
-    @torch.no_grad()
-    def _merge_weight(self, adapters: list[Any]) -> None:
-        weight = self.base_layer.weight
-        merged = weight.detach()
+    def _merged(self, adapters: list[Any]) -> nn.Module:
+        base = self.base_layer
+        weight = weight_of(base).detach().to(compute_dtype(base))
+        bias = None if isinstance(base, nn.Embedding) or base.bias is None else base.bias.detach().to(weight.dtype)
         for adapter in adapters:
-            merged = adapter.merged_weight(merged)
-        merged = merged.to(weight.dtype)  # rounded once, after the last adapter
-        if not torch.isfinite(merged).all():
-            raise AdapterError("Cannot merge", "A merged weight would hold inf or nan.", "Is the adapter trained well?")
-        self._original = (weight,)
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+            weight = adapter.merged_weight(weight, base)
+            bias = adapter.merged_bias(bias, base)
+        merged: Any = with_weight(base, weight, bias)  # rounded once, after the last adapter
+        if not torch.isfinite(merged.weight).all():
+            message = f"The merged weight of {self.path} would hold inf or nan."
+            raise AdapterError("Cannot merge", message, "Is the adapter trained well?")
+        return merged
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Put the base layer back, bit for bit."""
         if not self._original:
             return
-        original = self._original[0]
-        if isinstance(original, nn.Parameter):
-            now = self.base_layer.weight
-            if (original.device, original.dtype) != (now.device, now.dtype):  # the model was moved meanwhile
-                original = nn.Parameter(original.detach().to(now.device, now.dtype), requires_grad=now.requires_grad)
-            self.base_layer.weight = original
-        else:
-            self.base_layer = original
+        original, now = self._original[0], self.base_layer
+        weights = next(original.parameters()), next(now.parameters())
+        if weights[0].device != weights[1].device:  # the model was moved meanwhile
+            original.to(weights[1].device)
+        if weights[0].dtype is not weights[1].dtype and not quantised.is_quantised(original):
+            original.to(weights[1].dtype)
+        self.base_layer = original
         self._original = ()
 
     def keep_merged(self) -> None:
-        """Make the merged weight the base weight for good."""
+        """Make the merged layer the base layer for good."""
         self._original = ()
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.peft import checkpoint, inject
-from nbtune.peft.config import LayerConfig, PeftConfig, adapter_folder, did_you_mean
+from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, Rows
 from nbtune.peft.targets import find_targets, resolve
 
@@ -124,14 +124,15 @@ class PeftModel(nn.Module):
             remedy = "Use another name, or delete_adapter first."
             raise AdapterError("The name is taken", f"There is an adapter {name!r} already.", remedy)
         self._refuse_merged(self._state.merged)  # a copy of a base module would hold them too
-        if not isinstance(config, LayerConfig):
+        if not isinstance(config, LayerConfig | PromptLearningConfig):
             raise AdapterError(
                 "Not a config", f"The config is a {type(config).__name__}.", "Give one such as LoraConfig(r=8)."
             )
         base = self.get_base_model()
-        if tensors is None:  # a name without a module is a slip of the pen in a new config, a fact in a file
-            find_targets(base, config)
-        config = resolve(base, config)
+        if isinstance(config, LayerConfig):
+            if tensors is None:  # a name without a module is a slip of the pen in a new config, a fact in a file
+                find_targets(base, config)
+            config = resolve(base, config)
         if config.base_model_name_or_path is None and isinstance(base, PreTrainedModel):
             config = config.replace(base_model_name_or_path=base.name_or_path or None)
         adapters = inject.build(base, config)

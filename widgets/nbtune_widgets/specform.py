@@ -14,7 +14,8 @@ import pydantic
 from ipywidgets import DOMWidget
 
 from nbtune.errors import SpecError
-from nbtune.peft.config import LoraConfig, PeftConfig
+from nbtune.peft.config import PeftConfig
+from nbtune.peft.configs.lora import LoraConfig
 from nbtune.spec import DataSpec, RunSpec, Setting, settings
 from nbtune_widgets.form import Field, FieldError, Group, Look
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from nbtune.peft.config import PeftConfig
+import importlib
+
+from nbtune.peft.config import METHODS, PeftConfig, PeftType
 from nbtune.peft.layer import Adapter
 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class of the adapters that a config describes."""
-    from nbtune.peft.methods.lora import Lora
-
-    return {"LORA": Lora}[config.peft_type]
+    method = METHODS[PeftType(config.peft_type)]
+    return vars(importlib.import_module(f"{__name__}.{method.module}"))[method.adapter]

@@ -8,14 +8,17 @@ rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.config import LoraConfig
+from nbtune.peft.base import empty, features, zeros
+from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
+from nbtune.peft.rows import Group
 from nbtune.peft.targets import of_pattern
 
 
@@ -32,13 +35,11 @@ class Lora(Adapter):
         self.dropout = dropout
 
     @classmethod
-    def create(cls, base_layer: nn.Module, config: LoraConfig, path: str) -> Self:
+    def create(cls, base: nn.Module, config: LoraConfig, path: str, shared: None) -> Self:
         r = of_pattern(config.rank_pattern, path, config.r)
         alpha = of_pattern(config.alpha_pattern, path, config.lora_alpha)
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
-        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-        lora_A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)
-        lora_B = torch.zeros(weight.shape[0], r, dtype=dtype, device=weight.device)
+        out_features, in_features = features(base)
+        lora_A, lora_B = empty(base, r, in_features), zeros(base, out_features, r)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(lora_A, std=1 / r)
         else:
@@ -47,7 +48,7 @@ class Lora(Adapter):
             nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
         return cls(lora_A, lora_B, alpha / math.sqrt(r) if config.use_rslora else alpha / r, config.lora_dropout)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return y + s B A x, for x [..., in] and y [..., out]."""
         # Straight from the dict and by identity: each nn.Module attribute costs as much as a small kernel on a CPU.
         A, B = self._parameters["lora_A"], self._parameters["lora_B"]
@@ -67,9 +68,33 @@ class Lora(Adapter):
         y.view(-1, out).addmm_(hidden, B.t(), alpha=self.scaling)
         return y
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, base: nn.Module) -> Tensor:
         """Return s B A, [out, in]."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
+    def batch_key(self) -> Hashable:
+        """Ranks and scalings may differ: short ranks are filled up with zeros."""
+        return (type(self), self.dropout if self.training else 0.0)
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """y_b + s_b B_b A_b x_b for every row b, in two batched products."""
+        first, rank = adapters[0], max(adapter.lora_A.shape[0] for adapter in adapters)
+        if first.dropout and first.training:
+            x = F.dropout(x, first.dropout)
+        A = torch.stack([_padded(adapter.lora_A, rank, 0) for adapter in adapters]).to(x.dtype)  # [adapters, r, in]
+        B = torch.stack([_padded(adapter.scaling * adapter.lora_B, rank, 1) for adapter in adapters]).to(y.dtype)
+        if not group.in_order:
+            A, B = A[group.index], B[group.index]
+        rows = len(group.which)
+        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)  # [rows, tokens, r]
+        return torch.baddbmm(y.reshape(rows, -1, y.shape[-1]), hidden, B.mT).view_as(y)
+
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    """The tensor with zeros to `rank` at the end of a dimension."""
+    missing = rank - tensor.shape[dim]
+    return tensor if not missing else F.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))

@@ -1,0 +1,84 @@
+"""What the engine asks of a base layer, whatever its kind: its sizes, its weight, a layer with another weight.
+
+A weight is a matrix [out, in] for a linear layer, also where the layer stores it transposed (transformers' Conv1D) or
+quantised; [vocabulary, dim] for an embedding; [out, in / groups, *kernel] for a convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nbtune._transformers import Conv1D
+from nbtune.peft import quantised
+
+LINEARS = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def features(base: Any) -> tuple[int, int]:
+    """(out, in): the sizes of the layer's output and input; of an embedding (dim, vocabulary)."""
+    if isinstance(base, nn.Embedding):
+        return base.embedding_dim, base.num_embeddings
+    if isinstance(base, CONVOLUTIONS):
+        return base.out_channels, base.in_channels
+    if isinstance(base, Conv1D):
+        return base.weight.shape[1], base.weight.shape[0]
+    return base.out_features, base.in_features
+
+
+def weight_of(base: Any) -> Tensor:
+    """The layer's weight, in its own precision; of a quantised layer in that of its computations."""
+    if isinstance(base, Conv1D):
+        return base.weight.t()
+    return quantised.dequantised(base) if quantised.is_quantised(base) else base.weight
+
+
+def apply_weight(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """What the layer would give for x with this weight and no bias."""
+    if isinstance(base, LINEARS):
+        return F.linear(x, weight.to(x.dtype))
+    tensors = {"weight": weight.to(x.dtype) if x.is_floating_point() else weight}
+    if not isinstance(base, nn.Embedding) and base.bias is not None:
+        tensors["bias"] = torch.zeros_like(base.bias)
+    return torch.func.functional_call(base, tensors, (x,))
+
+
+def compute_dtype(base: Any) -> torch.dtype:
+    """The precision of adapter weights: fp32, or fp64 on an fp64 layer."""
+    return torch.float64 if base.weight.dtype is torch.float64 else torch.float32
+
+
+def empty(base: Any, *shape: int) -> Tensor:
+    """A new tensor in the precision of adapter weights, on the layer's device; not filled."""
+    return torch.empty(shape, dtype=compute_dtype(base), device=base.weight.device)
+
+
+def zeros(base: Any, *shape: int) -> Tensor:
+    return empty(base, *shape).zero_()
+
+
+def ones(base: Any, *shape: int) -> Tensor:
+    return empty(base, *shape).fill_(1)
+
+
+def with_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of the layer that holds this weight and bias, in the layer's precision; nothing else is copied.
+
+    The layer itself keeps its weight, so that it can come back bit for bit, and so that a weight tied to it (an
+    embedding) stays what it was. A quantised layer gives a plain 16-bit one.
+    """
+    if quantised.is_quantised(base):
+        return quantised.merged_layer(base, weight, bias)
+    clone = copy.copy(base)
+    clone.__dict__["_parameters"] = dict(base._parameters)
+    dtype, needs = base.weight.dtype, base.weight.requires_grad
+    stored = weight.t().contiguous() if isinstance(base, Conv1D) else weight
+    clone.weight = nn.Parameter(stored.to(dtype), requires_grad=needs)
+    if bias is not None:
+        clone.bias = nn.Parameter(bias.to(dtype), requires_grad=needs)
+    return clone

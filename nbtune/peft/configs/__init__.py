@@ -1,0 +1,1 @@
+"""The settings of each method; one file per method, beside its equation in methods/. They import no torch."""
