@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune.errors import AdapterError
 from nbtune.peft.config import CONFIG_NAME, WEIGHTS_NAME, PeftConfig
-from nbtune.peft.layer import PREFIX, Adapter, Shared
+from nbtune.peft.layer import PREFIX, Adapter, Several, Shared
 
 _SHOWN = 8  # keys listed in an error
 
@@ -31,33 +31,45 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
+class _Part(NamedTuple):
+    """Something with tensors of its own in the file."""
+
+    prefix: str  # of its keys in the file
+    inside: str  # of its names in the model's state dict
+    module: Adapter | Shared
+
+
+def _parts(adapters: Mapping[str, Adapter], name: str = "") -> Iterator[_Part]:
+    """What goes into the file: the layers' adapters, and what they share."""
+    shared: dict[Shared, str] = {}
+    for path, adapter in adapters.items():
+        inside = f"{PREFIX}{path}.adapters.{name}."
+        parts = enumerate(adapter.parts) if isinstance(adapter, Several) else [(None, adapter)]
+        for number, part in parts:
+            within = inside if number is None else f"{inside}parts.{number}."
+            yield _Part(part.file_prefix(path), within, part)
+            for child_name, child in part.named_children():
+                if isinstance(child, Shared):
+                    shared[child] = f"{within}{child_name}."
+    for module, within in shared.items():
+        yield _Part("base_model.", within, module)
+
+
 def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """The tensors of one adapter, by module path, under their keys in the file."""
     tensors: dict[str, Tensor] = {}
-    for prefix, part in _parts(adapters):
-        tensors |= {prefix + name: tensor for name, tensor in part.saved(part.own_state()).items()}
+    for prefix, _, part in _parts(adapters):
+        tensors |= {prefix + key: tensor for key, tensor in part.saved(part.own_state()).items()}
     return tensors
 
 
 def gathered_tensors(adapters: Mapping[str, Adapter], name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same from a full state dict of the PeftModel, where the adapter's tensors go by `...adapters.<name>.`."""
-    paths = {id(adapter): f"{PREFIX}{path}.adapters.{name}." for path, adapter in adapters.items()}
-    first = next(iter(adapters))
     tensors: dict[str, Tensor] = {}
-    for prefix, part in _parts(adapters):
-        inside = paths.get(id(part), f"{PREFIX}{first}.adapters.{name}.shared.")
+    for prefix, inside, part in _parts(adapters, name):
         state = {own: state_dict[inside + own] for own in part.own_state()}
-        tensors |= {prefix + own: tensor for own, tensor in part.saved(state).items()}
+        tensors |= {prefix + key: tensor for key, tensor in part.saved(state).items()}
     return tensors
-
-
-def _parts(adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, Adapter | Shared]]:
-    """What goes into the file, each with the prefix of its keys: the layers' adapters, and what they share."""
-    for path, adapter in adapters.items():
-        yield adapter.file_prefix(path), adapter
-    shared = {module for adapter in adapters.values() for module in adapter.modules() if isinstance(module, Shared)}
-    for module in shared:
-        yield "base_model.", module
 
 
 def fill(
@@ -93,7 +105,7 @@ def fill(
         remedy = "Is it the same base model?" + (" strict=False loads what fits." if strict and not wrong else "")
         raise AdapterError("The adapter does not fit the model", "\n".join(filter(None, problems)), remedy)
     with torch.no_grad():
-        for prefix, part in parts:
+        for prefix, _, part in parts:
             names = [name for name in part.saved(part.own_state()) if prefix + name in tensors]
             part.load({name: tensors[prefix + name] for name in names})
     return LoadResult(missing, unexpected)

@@ -224,22 +224,6 @@ class Several(Adapter):
         penalties = [penalty for part in self.parts if (penalty := part.penalty()) is not None]
         return torch.stack(penalties).sum() if penalties else None
 
-    def own_state(self) -> dict[str, Tensor]:
-        states = (part.own_state() for part in self.parts)
-        return {f"parts.{number}.{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()}
-
-    def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        saved: dict[str, Tensor] = {}
-        for number, part in enumerate(self.parts):
-            prefix = f"parts.{number}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            saved |= part.saved(own)
-        return saved
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for part in self.parts:
-            part.load(tensors)
-
 
 @dataclasses.dataclass(eq=False)
 class ActiveAdapters:

@@ -7,6 +7,9 @@ import warnings
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("grid")
+
 from tiny_models import MODELS
 from torch import nn
 
@@ -42,3 +45,10 @@ def base(make):
 @pytest.fixture
 def ids():
     return torch.randint(1, 96, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+def pytest_generate_tests(metafunc):
+    """Each test of a `grid.MethodTests` runs on every case of its class."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.cls.cases
+        metafunc.parametrize("case", cases, ids=[f"{name}-{number}" for number, (name, _) in enumerate(cases)])

@@ -7,10 +7,14 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 
@@ -31,10 +35,26 @@ def neox() -> GPTNeoXForCausalLM:
 def bert() -> BertForSequenceClassification:
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertForSequenceClassification(BertConfig(vocab_size=96, max_position_embeddings=64, **sizes)).eval()
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=96, max_position_embeddings=64, **sizes, **dropouts)
+    return BertForSequenceClassification(config).eval()
 
 
-MODELS = {"llama": llama, "neox": neox, "bert": bert}
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(4)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, bos_token_id=1, eos_token_id=2, **sizes, **dropouts)).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(5)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=96, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.0, **sizes)
+    return T5ForConditionalGeneration(config).eval()
+
+
+MODELS = {"llama": llama, "neox": neox, "bert": bert, "gpt2": gpt2, "t5": t5}
 
 
 def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:

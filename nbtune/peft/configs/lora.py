@@ -45,7 +45,7 @@ class LoraConfig(BiasedConfig):
         factory=dict, help="Another alpha for some modules: a name or regular expression and its alpha.", advanced=True
     )
 
-    fan_in_fan_out: bool = pending(False)
+    fan_in_fan_out: bool = False  # written by PEFT; a layer shows by its kind how it stores its weight
     lora_bias: bool = pending(False)
     use_dora: bool = pending(False)
     use_qalora: bool = pending(False)
