@@ -93,6 +93,7 @@ class PeftConfig:
     """What every adapter has. Raises AdapterError on construction for a value that cannot be right."""
 
     peft_type: ClassVar[str] = ""
+    absent: ClassVar[tuple[str, ...]] = ()  # settings that PEFT's config of this method does not have
 
     # Who the adapter is; no choices, so no help and no place in a form.
     task_type: str | None = None
@@ -163,6 +164,7 @@ class PeftConfig:
         """Plain values, under the keys of PEFT's adapter_config.json."""
         values = dataclasses.asdict(self)
         extra = values.pop("extra")
+        values = {name: value for name, value in values.items() if value is not None or name not in self.absent}
         return {"peft_type": self.peft_type, **values, **extra}
 
     def to_json(self) -> str:
