@@ -70,10 +70,8 @@ def with_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A copy of the layer that holds this weight and bias, in the layer's precision; nothing else is copied.
 
     The layer itself keeps its weight, so that it can come back bit for bit, and so that a weight tied to it (an
-    embedding) stays what it was. A quantised layer gives a plain 16-bit one.
+    embedding) stays what it was.
     """
-    if quantised.is_quantised(base):
-        return quantised.merged_layer(base, weight, bias)
     clone = copy.copy(base)
     clone.__dict__["_parameters"] = dict(base._parameters)
     dtype, needs = base.weight.dtype, base.weight.requires_grad

@@ -84,7 +84,8 @@ def fill(
     parts = list(_parts(adapters))
     places = adapter_tensors(adapters)
     missing = sorted(places.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - places.keys())
+    repeated = {prefix + name for prefix, part in parts for inner in part.modules() for name in _repeated(inner)}
+    unexpected = sorted(tensors.keys() - places.keys() - repeated)
     base: dict[str, Tensor] = {}
     if unexpected:
         base = {f"{PREFIX}{name.replace('.base_layer.', '.')}": value for name, value in model.named_parameters()}
@@ -109,6 +110,10 @@ def fill(
             names = [name for name in part.saved(part.own_state()) if prefix + name in tensors]
             part.load({name: tensors[prefix + name] for name in names})
     return LoadResult(missing, unexpected)
+
+
+def _repeated(module: nn.Module) -> tuple[str, ...]:
+    return module.repeated if isinstance(module, Adapter) else ()
 
 
 def _same_base(key: str, tensor: Tensor, base: Mapping[str, Tensor]) -> bool:

@@ -297,7 +297,10 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = setting(
-        None, help="Modules to train in full and to save with the adapter.", label="Modules trained in full", advanced=True
+        None,
+        help="Modules to train in full and to save with the adapter.",
+        label="Modules trained in full",
+        advanced=True,
     )
 
 

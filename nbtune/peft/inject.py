@@ -76,7 +76,9 @@ def _add_biases(adapters: dict[str, Adapter], config: LayerConfig, places: dict[
     paths = list(places) if config.trained_biases == "all" else list(adapters)
     for path in paths:
         base = places[path].module
-        if base._parameters.get("bias") is None or any(path == other or path.startswith(f"{other}.") for other in saved):
+        if base._parameters.get("bias") is None or any(
+            path == other or path.startswith(f"{other}.") for other in saved
+        ):
             continue
         _check_base(Bias, config, path, base)
         bias = Bias.create(base, config, path, path in adapters)
@@ -98,7 +100,9 @@ def _prompt(model: nn.Module, config: PromptLearningConfig, places: dict[str, Pl
         message = f"{type(model).__name__} is no model of transformers; {config.peft_type} needs its embeddings."
         raise AdapterError("No place for a prompt", message, "Use a method that adapts layers, such as LORA.")
     embedding = model.get_input_embeddings()
-    path = next(path for path, place in places.items() if place.module in (embedding, embedding._modules.get("base_layer")))
+    path = next(
+        path for path, place in places.items() if place.module in (embedding, embedding._modules.get("base_layer"))
+    )
     return {path: adapter_class(config).create(model, config, path, None)}
 
 

@@ -32,6 +32,7 @@ class _Stored(nn.Module):
     """A module whose tensors go into an adapter's file, under PEFT's names."""
 
     file_names: ClassVar[dict[str, str]] = {}  # by the name here, where PEFT's is another
+    repeated: ClassVar[tuple[str, ...]] = ()  # names that PEFT also writes here, of what is elsewhere in its file
 
     def own_state(self) -> dict[str, Tensor]:
         """Its tensors by name, without those that it shares with other layers."""
@@ -68,6 +69,8 @@ class Adapter(_Stored):
     bases: ClassVar[tuple[type[nn.Module], ...]] = LINEARS
     rotates: ClassVar[bool] = False
     weighted: ClassVar[bool] = False  # whether add_weighted_adapter can combine such adapters
+    penalises: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
 
     @classmethod
     def share(cls, config: Any, bases: Mapping[str, nn.Module]) -> Shared | None:
@@ -105,9 +108,15 @@ class Adapter(_Stored):
         """The bias [out] of that plain layer."""
         return bias
 
-    def penalty(self) -> Tensor | None:
-        """What the method adds to the training loss, if anything."""
-        return None
+    @classmethod
+    def penalty(cls, adapters: Mapping[str, Adapter], config: Any) -> Tensor:
+        """What a method that `penalises` adds to the training loss, given all adapters of one name by path."""
+        raise NotImplementedError
+
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, Adapter], config: Any, step: int) -> None:
+        """What a method that is `scheduled` does after optimiser step `step` (from 0), gradients still in place."""
+        raise NotImplementedError
 
     def file_prefix(self, path: str) -> str:
         """What stands before its tensors' names in a file."""
@@ -207,8 +216,23 @@ class Several(Adapter):
             y = part(inputs.pop(), y, base)
         return y
 
-    def delta_weight(self, base: nn.Module) -> Tensor:
-        return sum((part.delta_weight(base) for part in self.parts[1:]), self.parts[0].delta_weight(base))
+    def batch_key(self) -> Hashable:
+        return tuple(part.batch_key() for part in self.parts)
+
+    @classmethod
+    def before_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor) -> Tensor:
+        for parts in reversed(list(zip(*(adapter.parts for adapter in adapters), strict=True))):
+            x = type(parts[0]).before_rows(parts, group, x) if parts[0].rotates else x
+        return x
+
+    @classmethod
+    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        inputs, columns = [x], list(zip(*(adapter.parts for adapter in adapters), strict=True))
+        for parts in reversed(columns[1:]):
+            inputs.append(type(parts[0]).before_rows(parts, group, inputs[-1]) if parts[0].rotates else inputs[-1])
+        for parts in columns:
+            y = type(parts[0]).forward_rows(parts, group, inputs.pop(), y, base)
+        return y
 
     def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
         for part in self.parts:
@@ -219,10 +243,6 @@ class Several(Adapter):
         for part in self.parts:
             bias = part.merged_bias(bias, base)
         return bias
-
-    def penalty(self) -> Tensor | None:
-        penalties = [penalty for part in self.parts if (penalty := part.penalty()) is not None]
-        return torch.stack(penalties).sum() if penalties else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -257,6 +277,7 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, state: ActiveAdapters, path: str = "") -> None:
         super().__init__()
+        quantised.keep_unpacked(base_layer)
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.state = state
@@ -336,7 +357,9 @@ class AdapterLayer(nn.Module):
                 y_in = group.put(y_in, changed)
         y = self._called_by_row(y_in, rows, args, kwargs)
         for adapters, group in parts:
-            y = group.put(y, type(adapters[0]).forward_rows(adapters, group, group.select(x), group.select(y), self.base_layer))
+            y = group.put(
+                y, type(adapters[0]).forward_rows(adapters, group, group.select(x), group.select(y), self.base_layer)
+            )
         return y
 
     def _called_by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,44 +371,52 @@ class AdapterLayer(nn.Module):
         if any(type(adapter) is not kind for adapter in adapters):
             message = f"The rows' adapters replace {self.path} by different methods."
             raise AdapterError("Cannot mix these adapters", message, "Give them separate batches.")
-        return kind.forward_each(adapters, rows.group(names, x, self.path, whole=True), self.base_layer, x, *args, **kwargs)
+        return kind.forward_each(
+            adapters, rows.group(names, x, self.path, whole=True), self.base_layer, x, *args, **kwargs
+        )
 
-    def merge(self, names: Sequence[str]) -> None:
+    def merge(self, names: Sequence[str], requantise: bool = False) -> quantised.MergeReport | None:
         """Put exactly these adapters into the base weights, in this order.
 
         The base layer is set aside and comes back with `unmerge` as it was; this costs the memory of one weight. A
-        quantised layer gives way to a 16-bit one. Raises AdapterError for a weight that would hold inf or nan; the
-        layer then is as it was.
+        quantised layer gives way to a 16-bit one, or to one of its kind, and a report of the error is returned. Raises
+        AdapterError for a weight that would hold inf or nan; the layer then is as it was.
         """
         self.unmerge()
         mine = [self.adapters[name] for name in names if name in self.adapters]
         if not mine:
-            return
+            return None
         replacing = [adapter for adapter in mine if isinstance(adapter, Replacement)]
-        if any(isinstance(adapter, SavedModule) for adapter in mine) and len(mine) > 1 or 0 < len(replacing) < len(mine):
+        whole = any(isinstance(adapter, SavedModule) for adapter in mine)
+        if (whole and len(mine) > 1) or 0 < len(replacing) < len(mine):
             message = f"Two adapters meet in {self.path}, and one of them is a whole copy of it (modules_to_save)."
             raise AdapterError("Cannot merge", message, "Merge one of them.")
-        merged: Any = self.base_layer
+        base, report = self.base_layer, None
         with torch.no_grad():
-            for adapter in replacing:
-                merged = adapter.merged_module(merged)
-            if not replacing:
-                merged = self._merged(mine)
-        self._original = (self.base_layer,)
+            if replacing:
+                merged = base
+                for adapter in replacing:
+                    merged = adapter.merged_module(merged)
+            else:
+                merged, report = self._merged(mine, requantise)
+        self._original = (base,)
         self.base_layer = merged
+        return report
 
-    def _merged(self, adapters: list[Any]) -> nn.Module:
+    def _merged(self, adapters: list[Any], requantise: bool) -> tuple[nn.Module, quantised.MergeReport | None]:
         base = self.base_layer
         weight = weight_of(base).detach().to(compute_dtype(base))
         bias = None if isinstance(base, nn.Embedding) or base.bias is None else base.bias.detach().to(weight.dtype)
         for adapter in adapters:
             weight = adapter.merged_weight(weight, base)
             bias = adapter.merged_bias(bias, base)
-        merged: Any = with_weight(base, weight, bias)  # rounded once, after the last adapter
-        if not torch.isfinite(merged.weight).all():
+        if not torch.isfinite(weight).all():
             message = f"The merged weight of {self.path} would hold inf or nan."
             raise AdapterError("Cannot merge", message, "Is the adapter trained well?")
-        return merged
+        if not quantised.is_quantised(base):
+            return with_weight(base, weight, bias), None  # rounded once, after the last adapter
+        merged = (quantised.requantised if requantise else quantised.merged_layer)(base, weight, bias)
+        return merged, quantised.merge_report(self.path, base, weight, merged)
 
     def unmerge(self) -> None:
         """Put the base layer back, bit for bit."""

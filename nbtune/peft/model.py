@@ -14,7 +14,7 @@ can be run again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,8 @@ from nbtune.errors import AdapterError
 from nbtune.peft import checkpoint, inject
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, Rows
+from nbtune.peft.methods import adapter_class
+from nbtune.peft.quantised import MergeReport
 from nbtune.peft.targets import find_targets, resolve
 
 
@@ -204,24 +206,28 @@ class PeftModel(nn.Module):
         del self.peft_config[name]
         self._state.update(active=tuple(other for other in self._state.active if other != name))
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, requantise: bool = False
+    ) -> list[MergeReport]:
         """Put adapters (the active ones) into the base weights, so that they cost no time.
 
-        Until `unmerge_adapter`, which restores the base bit for bit, each adapted weight is held twice.
+        Until `unmerge_adapter`, which restores the base bit for bit, each adapted weight is held twice. A weight that
+        would hold inf or nan is always refused; `safe_merge` is PEFT's. A layer in 4 or 8 bits gives way to a 16-bit
+        one, or with `requantise` to one of its kind; the reports say how far each is from the exact sum.
         """
         names = self._state.active if adapter_names is None else tuple(adapter_names)
         self._check_known(names)
-        self._merge(tuple(dict.fromkeys([*self._state.merged, *names])))
+        return self._merge(tuple(dict.fromkeys([*self._state.merged, *names])), requantise)
 
-    def _merge(self, names: tuple[str, ...]) -> None:
+    def _merge(self, names: tuple[str, ...], requantise: bool = False) -> list[MergeReport]:
         layers = [layer for _, layer in inject.adapter_layers(self.get_base_model())]
         try:
-            for layer in layers:
-                layer.merge(names)
+            reports = [layer.merge(names, requantise) for layer in layers]
         except AdapterError:
             self.unmerge_adapter()
             raise
         self._state.update(merged=names)
+        return [report for report in reports if report is not None]
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights, exactly."""
@@ -229,15 +235,32 @@ class PeftModel(nn.Module):
             layer.unmerge()
         self._state.update(merged=())
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
-        """The base model with adapters (the active ones) in its weights for good, and no adapter layers."""
-        self.merge_adapter(adapter_names)
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        requantise: bool = False,
+    ) -> nn.Module:
+        """The base model with adapters (the active ones) in its weights for good, and no adapter layers.
+
+        Warns with the largest error where quantised layers were merged into; see `merge_adapter`.
+        """
+        reports = self.merge_adapter(adapter_names, safe_merge, requantise=requantise)
+        if reports:
+            worst = max(reports, key=lambda report: report.relative_error)
+            held = f"as {worst.kind}" if requantise else "in 16 bits"
+            message = f"{len(reports)} quantised layers were merged and are held {held}; the largest relative error is "
+            warnings.warn(f"{message}{worst.relative_error:.2g}, in {worst.path}.", stacklevel=2)
         base = self.get_base_model()
         for _, layer in inject.adapter_layers(base):
             layer.keep_merged()
         self._take_all_out()
         if isinstance(base, PreTrainedModel):
             _untie_head(base)
+            if reports and not requantise:
+                _forget_quantisation(base)
         return base
 
     def unload(self) -> nn.Module:
@@ -337,9 +360,34 @@ class PeftModel(nn.Module):
             checkpoint.write(folder if name == "default" else folder / name, config, values)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward. `adapter_names` gives each row of the batch its adapter, `__base__` for none."""
+        """The base model's forward. `adapter_names` gives each row of the batch its adapter, `__base__` for none.
+
+        The loss of the output, if it has one, includes what the method adds to it (`penalty`).
+        """
         with self._rows(adapter_names):
-            return self.base_model(*args, **kwargs)
+            output = self.base_model(*args, **kwargs)
+        penalty = self.penalty()
+        if penalty is not None and isinstance(output, dict) and output.get("loss") is not None:
+            output["loss"] = output["loss"] + penalty  # transformers' outputs are dicts
+        return output
+
+    def penalty(self) -> Tensor | None:
+        """What the active adapters' methods add to the training loss: AdaLoRA's orthogonality; else None."""
+        active = [name for name in self._state.applied if adapter_class(self.peft_config[name]).penalises]
+        penalties = [kind.penalty(self._adapters(name), self.peft_config[name]) for name, kind in self._kinds(active)]
+        return torch.stack(penalties).sum() if penalties else None
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """What a method does after an optimiser step (AdaLoRA: move its rank budget), gradients still in place.
+
+        Steps count from 0. Call it before `optimizer.zero_grad()`, with any method: most do nothing.
+        """
+        for name, kind in self._kinds(self._state.applied):
+            if kind.scheduled:
+                kind.after_step(self._adapters(name), self.peft_config[name], global_step)
+
+    def _kinds(self, names: Sequence[str]) -> list[tuple[str, type[Adapter]]]:
+        return [(name, adapter_class(self.peft_config[name])) for name in names]
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; `adapter_names` as in `forward`."""
@@ -358,14 +406,33 @@ class PeftModel(nn.Module):
             )
         self._check_known([name for name in names if name != BASE])
         self._refuse_merged(self._state.merged)
-        if self.training and torch.is_grad_enabled() and _checkpoints(self.get_base_model()):
-            message = "Gradient checkpointing runs layers again in the backward pass, when adapter_names is over."
-            raise AdapterError("Not with gradient checkpointing", message, "Switch gradient checkpointing off.")
-        self._state.rows = Rows(names)
+        rows = self._state.rows = Rows(names)
+        # Gradient checkpointing runs blocks again in the backward pass, when these rows are over.
+        checkpointed = [m for m in self.get_base_model().modules() if vars(m).get("gradient_checkpointing", False)]
+        originals = [module._gradient_checkpointing_func for module in checkpointed]
+        for module, original in zip(checkpointed, originals, strict=True):
+            module._gradient_checkpointing_func = self._remembering(rows, original)  # type: ignore[assignment]
         try:
             yield
         finally:
             self._state.rows = None
+            for module, original in zip(checkpointed, originals, strict=True):
+                module._gradient_checkpointing_func = original
+
+    def _remembering(self, rows: Rows, checkpoint_function: Any) -> Callable[..., Any]:
+        """A checkpointing function whose blocks see these rows whenever they run."""
+
+        def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def with_rows(*args: Any, **kwargs: Any) -> Any:
+                before, self._state.rows = self._state.rows, rows
+                try:
+                    return block(*args, **kwargs)
+                finally:
+                    self._state.rows = before
+
+            return checkpoint_function(with_rows, *args, **kwargs)
+
+        return checkpointed
 
     def train(self, mode: bool = True) -> Self:
         """Set training or eval mode. Warns where the active adapters are frozen, so that training would do nothing."""
@@ -426,11 +493,6 @@ def set_peft_model_state_dict(
     return checkpoint.fill(model.get_base_model(), model._adapters(adapter_name), state_dict, strict)
 
 
-def _checkpoints(base: nn.Module) -> bool:
-    """Whether any block recomputes its activations; transformers marks each such module with this flag."""
-    return any(module.__dict__.get("gradient_checkpointing", False) for module in base.modules())
-
-
 def _untie_head(base: PreTrainedModel) -> None:
     """Say in the model's config that a merged head is no longer its embedding, or saving would drop it."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
@@ -439,3 +501,10 @@ def _untie_head(base: PreTrainedModel) -> None:
         base.config.get_text_config().tie_word_embeddings = False
         base.config.tie_word_embeddings = False
         warnings.warn("The output head was merged and is no longer tied to the embedding.", stacklevel=3)
+
+
+def _forget_quantisation(base: PreTrainedModel) -> None:
+    """Say in the model's config that its weights are plain again, or saving would call them quantised."""
+    vars(base.config).pop("quantization_config", None)
+    base.is_quantized = False
+    base.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue] - set by transformers itself

@@ -51,7 +51,9 @@ class Group:
     @functools.cached_property
     def table(self) -> tuple[Tensor, Tensor]:
         """The rows of each adapter [adapters, n], short lists filled up with repeats; and each row's place in it."""
-        lists = [[row for row, other in enumerate(self.which) if other == number] for number in range(max(self.which) + 1)]
+        lists = [
+            [row for row, other in enumerate(self.which) if other == number] for number in range(max(self.which) + 1)
+        ]
         longest = max(map(len, lists))
         place = {row: number * longest + at for number, rows in enumerate(lists) for at, row in enumerate(rows)}
         full = [rows + rows[:1] * (longest - len(rows)) for rows in lists]
@@ -83,7 +85,9 @@ class Rows:
         # Generation repeats each row for its beams, and a router flattens rows to tokens: both side by side. But an
         # expert among others gets any number of tokens, of which it does not know the rows.
         rows, repeats = x.shape[0], x.shape[0] // len(self.names)
-        if rows != repeats * len(self.names) or (x.ndim < 3 and not whole and re.search(r"\.\d+\..*\.\d+\.", path)):
+        if rows != repeats * len(self.names) or (
+            x.ndim < 3 and not whole and re.search(r"\.\d+\.(.*\.)?\d+(\.|$)", path)
+        ):
             message = f"adapter_names has {len(self.names)} names, but {path} got an input of shape {tuple(x.shape)}."
             raise AdapterError(
                 "Rows and adapters differ", message, "Give one name per row, and rows as [batch, tokens]."

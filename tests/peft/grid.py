@@ -1,8 +1,8 @@
 """What must be true of every method that adapts layers, as one class of tests; `peft` is the oracle.
 
-    class TestIA3(MethodTests):
-        config, oracle = IA3Config, peft.IA3Config
-        cases = [("llama", {"target_modules": ["k_proj"]}), ...]     # a model of tiny_models.py, and settings
+class TestIA3(MethodTests):
+    config, oracle = IA3Config, peft.IA3Config
+    cases = [("llama", {"target_modules": ["k_proj"]}), ...]     # a model of tiny_models.py, and settings
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class MethodTests:
     learning_rate: ClassVar[float] = 1e-2
     adds: ClassVar[bool] = True  # whether two active adapters give in `peft` what they should
     oracle_is_right: ClassVar[bool] = True  # whether `peft` itself gives the right logits for all cases
-    constants: ClassVar[tuple[str, ...]] = ()  # endings of names in the file that are not trained (PEFT's indices, norms)
+    constants: ClassVar[
+        tuple[str, ...]
+    ] = ()  # endings of names in the file that are not trained (PEFT's indices, norms)
 
     def adapted(self, make, case, name="default", seed=5) -> PeftModel:
         model, settings = case
@@ -236,7 +238,9 @@ class MethodTests:
         assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == trained
 
     def test_on_the_meta_device_it_has_the_same_shapes(self, make, case):
-        ours, meta = (get_peft_model(model, self.config(**case[1])) for model in (make(case[0]), make(case[0]).to("meta")))
+        ours, meta = (
+            get_peft_model(model, self.config(**case[1])) for model in (make(case[0]), make(case[0]).to("meta"))
+        )
         shapes = [
             {key: tensor.shape for key, tensor in get_peft_model_state_dict(model).items()} for model in (ours, meta)
         ]

@@ -15,7 +15,7 @@ from nbtune.errors import AdapterError
 from nbtune.peft import AdapterLayer, LoraConfig, PeftModel, get_peft_model
 from nbtune.peft.layer import Adapter
 
-RANDOM = LoraConfig(r=4, init_lora_weights=False)
+RANDOM = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
 ATTENTION = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
 
 
@@ -276,7 +276,7 @@ def test_bfloat16_base_with_a_float32_adapter(base, ids):
     with torch.no_grad():
         assert layer(x).dtype == torch.bfloat16
     y = layer(x)
-    exact = x.float() @ (layer.weight.float() + adapter.delta_weight()).T
+    exact = x.float() @ (layer.weight.float() + adapter.delta_weight(layer.base_layer)).T
     torch.testing.assert_close(y.float(), exact, atol=0.05, rtol=0.05)
     model(input_ids=ids, labels=ids).loss.backward()
     assert adapter.lora_B.grad.dtype == torch.float32
@@ -297,7 +297,9 @@ def test_inputs_of_any_shape(shape):
     base = nn.ModuleDict({"proj": nn.Linear(6, 5)})
     get_peft_model(base, LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
     layer, x = base["proj"], torch.randn(shape)
-    expected = nn.functional.linear(x, layer.weight + layer.adapters["default"].delta_weight(), layer.bias)
+    expected = nn.functional.linear(
+        x, layer.weight + layer.adapters["default"].delta_weight(layer.base_layer), layer.bias
+    )
     torch.testing.assert_close(layer(x), expected)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
@@ -355,12 +357,14 @@ def test_an_adapter_that_says_only_its_delta_works():
             super().__init__()
             self.delta = nn.Parameter(delta)
 
-        def delta_weight(self):
+        def delta_weight(self, base):
             return self.delta
 
     torch.manual_seed(0)
     base, x = nn.Linear(4, 3), torch.randn(2, 4)
     adapter = Full(torch.randn(3, 4))
-    torch.testing.assert_close(adapter(x, base(x)), nn.functional.linear(x, base.weight + adapter.delta, base.bias))
-    torch.testing.assert_close(adapter.merged_weight(base.weight), base.weight + adapter.delta)
+    torch.testing.assert_close(
+        adapter(x, base(x), base), nn.functional.linear(x, base.weight + adapter.delta, base.bias)
+    )
+    torch.testing.assert_close(adapter.merged_weight(base.weight, base), base.weight + adapter.delta)
     assert isinstance(PeftModel(nn.ModuleDict({"proj": base})), PeftModel)

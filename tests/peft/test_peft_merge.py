@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from nbtune.errors import AdapterError
 from nbtune.peft import LoraConfig, get_peft_model
 
-RANDOM = LoraConfig(r=4, init_lora_weights=False)
+RANDOM = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -64,7 +64,9 @@ def test_a_merged_weight_is_rounded_once(base):
     model = get_peft_model(base, RANDOM, "a")
     model.add_adapter("b", RANDOM)
     layer = base.model.layers[0].mlp.up_proj
-    exact = layer.weight.double() + sum(adapter.delta_weight().double() for adapter in layer.adapters.values())
+    exact = layer.weight.double() + sum(
+        adapter.delta_weight(layer.base_layer).double() for adapter in layer.adapters.values()
+    )
     model.merge_adapter(["a"])
     model.merge_adapter(["b"])
     torch.testing.assert_close(layer.weight.double(), exact.bfloat16().double(), atol=0, rtol=2**-8)
@@ -120,7 +122,7 @@ def test_one_named_adapter_is_merged_for_good(two, ids):
     two.set_adapter("b")
     b = logits(two, ids)
     two.set_adapter("a")
-    close(logits(two.merge_and_unload(["b"]), ids), b)
+    close(logits(two.merge_and_unload(adapter_names=["b"]), ids), b)
 
 
 def test_a_tied_embedding_does_not_change_with_the_head(ids, tmp_path):

@@ -21,7 +21,7 @@ def ids():
 @pytest.fixture
 def model(base):
     """Three adapters on different modules; `c` has a head of its own."""
-    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False), "a").eval()
+    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"), "a").eval()
     model.add_adapter("b", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
     model.add_adapter("c", LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"], init_lora_weights=False))
     with torch.no_grad():
@@ -75,26 +75,48 @@ def test_generation_with_an_adapter_per_row(model, ids, options):
 def test_wrong_rows_are_refused(model, ids):
     with pytest.raises(AdapterError, match="no adapter 'z'"):
         model(input_ids=ids, adapter_names=["z"] * 5)
-    with pytest.raises(AdapterError, match="has 3 names, but a layer got an input of shape"):
+    with pytest.raises(AdapterError, match="has 3 names, but model.layers.0.self_attn.q_proj got an input of shape"):
         model(input_ids=ids, adapter_names=["a"] * 3)
     with pytest.raises(AdapterError, match="Give a list"):
         model(input_ids=ids, adapter_names="a")
     with pytest.raises(AdapterError, match="Give a list"):
         model(input_ids=ids, adapter_names=[])
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(AdapterError, match="gradient checkpointing"):
-        model(input_ids=ids, adapter_names=ROWS)
-    logits(model, ids, adapter_names=ROWS)  # without gradients there is nothing to run again
     assert model._state.rows is None
 
 
-def test_rows_cannot_be_told_apart_in_flat_tokens():
-    """A [tokens, in] input (an expert's) does not say which row a token is from; guessing would be silently wrong."""
-    base = nn.Sequential(nn.Linear(4, 4))
-    model = get_peft_model(base, LoraConfig(target_modules=["0"]), "a")
-    with pytest.raises(AdapterError, match=r"shape \(2, 4\)"):
-        model(torch.randn(2, 4), adapter_names=["a", "a"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_run_again_with_their_rows(model, ids, reentrant):
+    """The backward pass recomputes two forwards with other rows than the last, and without rows at all."""
+    weights = torch.randn(5, 7, 96, generator=torch.Generator().manual_seed(2))
+
+    def gradients():
+        model.zero_grad()
+        losses = [(model(input_ids=ids, adapter_names=rows).logits * weights).sum() for rows in (ROWS, ROWS[::-1])]
+        sum(losses).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.train()
+    model.enable_input_require_grads()
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    again = gradients()
+    assert expected.keys() == again.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(again[name], gradient)
+
+
+def test_an_expert_among_others_does_not_know_its_rows():
+    """A [tokens, in] input of an expert does not say which row a token is from; guessing would be silently wrong."""
+    block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)]), "pooler": nn.Linear(4, 4)})
+    base = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    model = get_peft_model(base, LoraConfig(target_modules=["experts.0", "pooler"], init_lora_weights=False), "a")
+    x = torch.randn(2, 4)
+    with model._rows(["a", "__base__"]):
+        with pytest.raises(AdapterError, match=r"experts.0 got an input of shape \(2, 4\)"):
+            block["experts"][0](x)
+        mixed = block["pooler"](x)
+    torch.testing.assert_close(mixed[0], block["pooler"](x)[0])
+    assert torch.equal(mixed[1], block["pooler"].base_layer(x)[1])
 
 
 def test_a_saved_module_is_trained_instead_of_the_base(base, ids):
