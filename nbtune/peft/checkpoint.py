@@ -84,7 +84,7 @@ def fill(
     parts = list(_parts(adapters))
     places = adapter_tensors(adapters)
     missing = sorted(places.keys() - tensors.keys())
-    repeated = {prefix + name for prefix, part in parts for inner in part.modules() for name in _repeated(inner)}
+    repeated = {prefix + name for prefix, _, part in parts for name in part.repeated}
     unexpected = sorted(tensors.keys() - places.keys() - repeated)
     base: dict[str, Tensor] = {}
     if unexpected:
@@ -110,10 +110,6 @@ def fill(
             names = [name for name in part.saved(part.own_state()) if prefix + name in tensors]
             part.load({name: tensors[prefix + name] for name in names})
     return LoadResult(missing, unexpected)
-
-
-def _repeated(module: nn.Module) -> tuple[str, ...]:
-    return module.repeated if isinstance(module, Adapter) else ()
 
 
 def _same_base(key: str, tensor: Tensor, base: Mapping[str, Tensor]) -> bool:
