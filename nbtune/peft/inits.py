@@ -1,0 +1,272 @@
+"""First weights of LoRA for a base weight W [out, in]: A [r, in] and B [out, r].
+
+    A, B = pissa(W, r=16, scaling=2.0)
+
+They are computed and returned in fp32 (fp64 for an fp64 weight) on the weight's device; on the meta device only the
+shapes are. PiSSA and OLoRA start with s B A != 0: the adapter then subtracts its start, see `as_plain`, where PEFT
+changes the base weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbtune.errors import AdapterError
+
+
+def default(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A as nn.Linear's weight, B = 0; those of a convolution are [r, in, k...] and [out, r, 1...]. arXiv:2106.09685."""
+    A, B = _empty(weight, r)
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5)), B.zero_()
+
+
+def gaussian(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A of a normal distribution with the standard deviation 1 / r, B = 0; the shapes of `default`."""
+    A, B = _empty(weight, r)
+    return nn.init.normal_(A, std=1 / r), B.zero_()
+
+
+def embedding(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """For an embedding, whose weight is here [dim, vocabulary]: A = 0 and B of a standard normal distribution."""
+    A, B = _empty(weight, r)
+    return A.zero_(), nn.init.normal_(B)
+
+
+def orthogonal(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A and B both random, yet B A = 0: they go through two halves of one orthonormal basis of the r dimensions.
+
+    https://datta0.github.io/posts/rethink-lora-init. Raises AdapterError for an odd r.
+    """
+    if r % 2:
+        raise AdapterError("Odd rank", f"The orthogonal init halves the rank, and r is {r}.", "Choose an even r.")
+    A, B = _empty(weight, r)
+    if weight.is_meta:
+        return A, B
+    half = {"device": A.device, "dtype": A.dtype}
+    basis = torch.linalg.qr(torch.randn(r, r, **half)).Q
+    A = basis[0::2].T @ torch.randn(A.shape[1], r // 2, **half).T / 10
+    return A.contiguous(), (torch.randn(r // 2, B.shape[0], **half).T @ basis[1::2] / 10).contiguous()
+
+
+def pissa(weight: Tensor, r: int, scaling: float = 1.0, niter: int | None = None) -> tuple[Tensor, Tensor]:
+    """The principal r singular directions: scaling * B @ A is W's best approximation of rank r.
+
+    `niter` takes that many steps of a randomized SVD, which is fast, instead of a full SVD; the same W gives the same
+    result. Meng et al. 2024, arXiv:2404.02948. Raises AdapterError where r is more than W's rank can be.
+    """
+    W = _matrix(weight, r)
+    if W.is_meta:
+        return _empty(weight, r)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False) if niter is None else _randomized_svd(W, r, niter)
+    root = (S[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def olora(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B and A are the first columns of Q and rows of R in W = Q R; the scaling is not divided out, as in PEFT.
+
+    Büyükakyüz 2024, arXiv:2406.01775. Raises AdapterError where r is more than W's rank can be.
+    """
+    W = _matrix(weight, r)
+    if W.is_meta:
+        return _empty(weight, r)
+    Q, R = torch.linalg.qr(W)
+    return R[:r].contiguous(), Q[:, :r].contiguous()
+
+
+def as_plain(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """A' [2r, in] and B' [out, 2r] with B' A' = B A - B0 A0: a plain LoRA of rank 2r and the same scaling.
+
+    The same scaling is twice the alpha, or with rsLoRA the square root of two times it.
+    """
+    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+
+
+def _empty(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised factors for a weight [out, in, ...]."""
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    ones = [1] * (weight.ndim - 2)
+    A = torch.empty(r, *weight.shape[1:], dtype=dtype, device=weight.device)
+    return A, torch.empty(weight.shape[0], r, *ones, dtype=dtype, device=weight.device)
+
+
+def _matrix(weight: Tensor, r: int) -> Tensor:
+    """The weight to compute with, if it has r directions."""
+    if weight.ndim != 2 or r > min(weight.shape):
+        message = f"This init takes r directions out of a matrix; r is {r}, the weight {list(weight.shape)}."
+        raise AdapterError("The rank does not fit the weight", message, "Lower r, or leave the module out.")
+    return weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+
+
+def _randomized_svd(matrix: Tensor, q: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, q], S [q], Vh [q, n] of a matrix [m, n], about; Halko et al. 2009, arXiv:0909.4061, algorithm 5.1.
+
+    torch.svd_lowrank, but with its own random numbers: always the same, on every device, the global ones left alone.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        U, S, Vh = _randomized_svd(matrix.T, q, niter)
+        return Vh.T, S, U.T
+    start = torch.randn(matrix.shape[1], q, dtype=matrix.dtype, generator=torch.Generator().manual_seed(42))
+    Q = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
+    for _ in range(niter):
+        Q = torch.linalg.qr(matrix.T @ Q).Q
+        Q = torch.linalg.qr(matrix @ Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+class _InputDirections:
+    """The principal directions of a layer's inputs, batch after batch: incremental PCA, Ross et al. 2008."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows = 0  # of input, so far
+        self.converged = torch.zeros(size, dtype=torch.bool)  # the last step turned the direction by no more than tau
+
+    def update(self, x: Tensor, tau: float) -> None:
+        """Take in x [rows, in], unless it has fewer rows than there are directions."""
+        if len(x) < min(self.size, x.shape[1]):
+            return
+        mean = x.float().mean(0)
+        stack = centred = x.float() - mean
+        variance = centred.square().sum()
+        if self.rows:
+            # The rows before stand in by their directions; the step from their mean to this one is a row of its own.
+            share = len(x) / (self.rows + len(x))
+            step = math.sqrt(self.rows * share) * (self.mean - mean)
+            stack = torch.cat([self.values[:, None] * self.directions, centred, step[None]])
+            variance = self.variance + variance + step.square().sum()
+            mean = self.mean.lerp(mean, share)
+        _, S, Vh = _randomized_svd(stack, min(2 * self.size, *stack.shape), niter=4)
+        if self.rows:
+            self.converged = (torch.cosine_similarity(Vh[: self.size], self.directions).abs() >= tau).cpu()
+        self.mean, self.variance, self.rows = mean, variance, self.rows + len(x)
+        self.values, self.directions = S[: self.size], Vh[: self.size]  # [size], [size, in]
+
+    def explained(self) -> Tensor:
+        """The share of each direction in the variance of the inputs, [size]."""
+        return (self.values.square() / self.variance.clamp_min(1e-30)).cpu()
+
+
+@torch.no_grad()
+def eva(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    ranks: Mapping[str, int],
+    *,
+    rho: float = 2.0,
+    tau: float = 0.99,
+    use_label_mask: bool = True,
+    label_mask_value: int = -100,
+    whiten: bool = False,
+    max_batches: int = 1000,
+) -> dict[str, Tensor]:
+    """A [new rank, in] for each layer by its path: the directions of its inputs that explain most of their variance.
+
+    The sum of `ranks` goes to the directions that explain most in the whole model, at most rho * rank to a layer and
+    none to some. B is zero; PEFT multiplies a layer's alpha by its new rank over its old one. The batches, arguments of
+    the model, are gone through again and again until the directions stay (tau); padding and, with `use_label_mask`,
+    tokens without a label do not count. The model runs in eval mode; its adapters should be off.
+
+    Paischer et al. 2024, arXiv:2410.07170. Raises AdapterError if the directions have not settled after `max_batches`.
+    """
+    feed = cycle(batches)
+    start = next(feed, None)
+    if rho < 1 or start is None:
+        raise AdapterError("EVA cannot start", f"It needs batches (a list, a DataLoader) and rho >= 1; rho is {rho:g}.")
+    label_mask = label_mask_value if use_label_mask else None
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        leader = _leaders(model, layers, start, label_mask)
+        sizes: dict[str, int] = dict.fromkeys(leader.values(), 1)
+        for path, first in leader.items():
+            sizes[first] = max(sizes[first], round(ranks[path] * rho))
+        seen = {first: _InputDirections(size) for first, size in sizes.items()}
+        kept = {path: sizes[first] for path, first in leader.items()}
+        for batch in islice(chain([start], feed), max_batches):
+            turning = {path: layers[path] for path in seen if not seen[path].converged[: kept[path]].all()}
+            if not turning:
+                break
+            _observe(model, turning, batch, label_mask, lambda path, x: seen[path].update(x, tau))
+            if all(directions.rows for directions in seen.values()):
+                kept = _shared_out(seen, leader, sum(ranks[path] for path in layers))
+        else:
+            message = f"After {max_batches} batches the directions of some layers' inputs still turn."
+            remedy = f"Give batches of well more than {max(sizes.values())} tokens that count, or lower tau ({tau:g})."
+            raise AdapterError("EVA did not settle", message, remedy)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    weights = {path: seen[leader[path]].directions[: kept[path]].clone() for path in layers}
+    if whiten:
+        weights = {path: A / seen[leader[path]].values[: len(A), None].sqrt() for path, A in weights.items()}
+    return weights
+
+
+def _leaders(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Any], label_mask: int | None
+) -> dict[str, str]:
+    """For each layer the first one with the same input (q, k and v have one): what one learns is true of all."""
+    first: dict[int, str] = {}
+    leader: dict[str, str] = {}
+
+    def compare(path: str, x: Tensor) -> None:
+        leader[path] = first.setdefault(hash(x.contiguous().view(torch.uint8).cpu().numpy().tobytes()), path)
+
+    _observe(model, layers, batch, label_mask, compare)
+    if missing := [path for path in layers if path not in leader]:
+        raise AdapterError("A layer got no input", f"{missing[0]} takes no part in the model's forward pass.")
+    return leader
+
+
+def _observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: Mapping[str, Any],
+    label_mask: int | None,
+    take: Callable[[str, Tensor], None],
+) -> None:
+    """Run the model on a batch and hand on each layer's input at the tokens that count, [tokens, in]."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    counts = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+    if label_mask is not None and "labels" in batch:
+        counts = counts & (batch["labels"] != label_mask)
+    if not counts.any():
+        raise AdapterError("An empty batch", "A calibration batch has no token that counts.", "Leave it out.")
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take_input(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            if len(x) != counts.numel():
+                message = f"{path} gets {len(x)} of the batch's {counts.numel()} tokens: an expert, or a pooled layer."
+                raise AdapterError("EVA cannot follow the tokens", message, "Leave it out of the calibration.")
+            take(path, x[counts.flatten().to(x.device)])
+
+        return take_input
+
+    handles = [layer.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shared_out(seen: Mapping[str, _InputDirections], leader: Mapping[str, str], budget: int) -> dict[str, int]:
+    """The rank of each layer when the best `budget` directions of all layers are kept."""
+    paths = [*seen, *(path for path in leader if path not in seen)]  # a leader comes first, and so has most
+    shares = [seen[leader[path]].explained() for path in paths]
+    owners = [path for path, share in zip(paths, shares, strict=True) for _ in share]
+    best = torch.cat(shares).argsort(descending=True, stable=True)[:budget].tolist()
+    kept = Counter(owners[index] for index in best)
+    return {path: kept[path] for path in leader}
