@@ -14,7 +14,9 @@ from transformers import (  # noqa: E402 - see above
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DynamicCache,
+    EncoderDecoderCache,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -24,7 +26,9 @@ __all__ = [
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "BitsAndBytesConfig",
     "Conv1D",
     "DynamicCache",
+    "EncoderDecoderCache",
     "PreTrainedModel",
 ]

@@ -60,7 +60,7 @@ def plan(spec: RunSpec) -> Plan:
     training = spec.training
     tokens = training.per_device_train_batch_size * training.max_length
     parts = {
-        "base weights": info.parameters * weight_bytes,
+        "base weights": info.weight_bytes(weight_bytes, spec.model.quantised_bytes),
         "adapter": 0 if full else trained * 4,
         "gradients": trained * 4,
         "optimiser": trained * 8,  # AdamW: two fp32 averages

@@ -75,9 +75,48 @@ class ModelSpec(_Part):
         help="Precision of the base weights; auto is bfloat16 where this machine computes it well.",
         advanced=True,
     )
+    load_in_4bit: bool = _field(
+        False,
+        help="Quantise the layers' linear weights to 4 bits (bitsandbytes): a quarter of the memory of 16, QLoRA.",
+        label="Load in 4 bits",
+    )
+    load_in_8bit: bool = _field(
+        False,
+        help="Quantise the layers' linear weights to 8 bits (LLM.int8): half the memory of 16.",
+        label="Load in 8 bits",
+        advanced=True,
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field(
+        "nf4",
+        help="The 16 values of 4 bits: nf4 has them where normally distributed weights are, fp4 is a floating point.",
+        label="4-bit type",
+        advanced=True,
+    )
+    bnb_4bit_use_double_quant: bool = _field(
+        False,
+        help="Quantise the scales of 4-bit weights too: saves 0.4 bits a weight, a little slower.",
+        label="Double quantisation",
+        advanced=True,
+    )
     trust_remote_code: bool = _field(
         False, help="Run Python code that comes with the model. Only for a source you trust.", advanced=True
     )
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> ModelSpec:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; choose one")
+        return self
+
+    @property
+    def quantised_bytes(self) -> float | None:
+        """Bytes that a quantised weight takes, its share of the scales included; None where none is quantised."""
+        if self.load_in_8bit:
+            return 1.0
+        if not self.load_in_4bit:
+            return None
+        # An fp32 scale per 64 weights; or one byte, and an fp32 scale per 256 of those.
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if self.bnb_4bit_use_double_quant else 4 / 64)
 
 
 class DataSpec(_Part):
@@ -227,6 +266,8 @@ class RunSpec(_Part):
     def _consistent(self) -> RunSpec:
         if self.training.max_steps == 0:
             raise ValueError("training.max_steps is 0; give the number of steps, or -1 for whole epochs")
+        if self.method == "full" and self.model.quantised_bytes is not None:
+            raise ValueError("method is full, which cannot train quantised weights (model.load_in_4bit, load_in_8bit)")
         return self
 
     @property

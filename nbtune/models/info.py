@@ -44,6 +44,13 @@ class ModelInfo:
     has_chat_template: bool
     modules: tuple[ModuleInfo, ...]
 
+    def weight_bytes(self, bytes_per_parameter: int, quantised_bytes: float | None = None) -> int:
+        """Memory of all weights, where those of linear layers in blocks take `quantised_bytes` each, if given."""
+        if quantised_bytes is None:
+            return self.parameters * bytes_per_parameter
+        linear = sum(module.in_features * module.out_features for module in self.modules if module.layer is not None)
+        return int(linear * quantised_bytes) + (self.parameters - linear) * bytes_per_parameter
+
 
 def describe(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> ModelInfo:
     """Describe a model without reading its weights (a GGUF is converted first if it never was).

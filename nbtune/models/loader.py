@@ -16,7 +16,7 @@ from nbtune.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def load(
     for_training: bool = False,
     on_status: OnStatus = ignore_status,
 ) -> LoadedModel:
-    """Read the weights into memory, in the precision `spec` and the machine call for.
+    """Read the weights into memory, in the precision `spec` and the machine call for, quantised where `spec` says so.
 
     `for_training` turns the key/value cache off and gives the model nbtune's attention over packed rows.
     Raises ModelError where the model is missing, damaged, too large for the memory or of an unsupported kind.
@@ -49,7 +49,7 @@ def load(
     weights.check(folder)
     device = default_device() if device is None else torch.device(device)
     dtype = compute_dtype(spec.dtype, device)
-    _check_memory(source, folder, dtype, device)
+    _check_memory(source, folder, spec, dtype, device)
 
     on_status(f"Loading {source.name}")
     tokenizer = _read_tokenizer(source, folder, spec)
@@ -81,20 +81,43 @@ def _read_model(
     source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     from nbtune._transformers import AutoModelForCausalLM
+    from nbtune.peft.quantised import keep_unpacked
 
+    quantised = spec.quantised_bytes is not None
     with clear_errors(source), _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
+            # A quantised model without a map goes to the first GPU, whatever was asked for.
+            device_map={"": device} if quantised or device.type != "cpu" else None,
+            quantization_config=_quantisation(spec, dtype) if quantised else None,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=spec.trust_remote_code,
         )
+    if quantised:
+        for module in model.modules():
+            keep_unpacked(module)
     # An adapter saved from this model names its base by this; the cache folder would mean nothing elsewhere.
     model.config._name_or_path = source.origin
     model.name_or_path = source.origin
     return model
+
+
+def _quantisation(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The output head and the embedding stay as they are, by transformers' own choice."""
+    from nbtune._transformers import BitsAndBytesConfig
+    from nbtune.peft.quantised import bitsandbytes
+
+    bitsandbytes()
+    if spec.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=spec.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=spec.bnb_4bit_use_double_quant,
+    )
 
 
 def _prepare_for_training(model: PreTrainedModel) -> None:
@@ -117,8 +140,8 @@ def _prepare_for_training(model: PreTrainedModel) -> None:
     )
 
 
-def _check_memory(source: Source, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    needed = weights.memory(folder, dtype.itemsize)
+def _check_memory(source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    needed = weights.memory(folder, dtype.itemsize, spec.quantised_bytes)
     free = available_memory(device)
     if needed > free:
         raise ModelError(
@@ -126,7 +149,8 @@ def _check_memory(source: Source, folder: Path, dtype: torch.dtype, device: torc
             f"Its weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')};"
             f" {free / 1e9:.1f} GB is free on {device}.",
             "Close other programs and notebooks, or choose a smaller model"
-            + (" or dtype bfloat16." if dtype.itemsize > 2 else "."),
+            + (", dtype bfloat16" if dtype.itemsize > 2 else "")
+            + (" or load_in_4bit." if not spec.load_in_4bit else "."),
         )
 
 

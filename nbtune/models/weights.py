@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,13 +63,25 @@ def tensors(path: Path) -> Iterator[Tensor]:
         yield Tensor(name, entry["dtype"], tuple(entry["shape"]), stop - begin)
 
 
-def memory(folder: Path, bytes_per_element: int) -> int:
-    """Bytes that the weights take once loaded with `bytes_per_element`; quantised tensors stay as they are."""
-    return sum(
-        tensor.elements * bytes_per_element if tensor.dtype in _BITS else tensor.size
-        for file in files(folder)
-        for tensor in tensors(file)
-    )
+def memory(folder: Path, bytes_per_element: int, quantised_bytes: float | None = None) -> int:
+    """Bytes that the weights take once loaded with `bytes_per_element`; what is quantised on disk stays as it is.
+
+    With `quantised_bytes` the linear layers in the model's blocks take that much an element.
+    """
+    total = 0
+    for tensor in (tensor for file in files(folder) for tensor in tensors(file)):
+        if tensor.dtype not in _BITS:
+            total += tensor.size
+        elif quantised_bytes is not None and _in_block(tensor):
+            total += int(tensor.elements * quantised_bytes)
+        else:
+            total += tensor.elements * bytes_per_element
+    return total
+
+
+def _in_block(tensor: Tensor) -> bool:
+    """Whether this is a linear layer of a numbered block; experts are none, since transformers joins them."""
+    return len(tensor.shape) == 2 and re.search(r"\.\d+\.(?!.*experts\.)", tensor.name) is not None
 
 
 def check(folder: Path) -> None:
