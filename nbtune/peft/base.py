@@ -44,7 +44,7 @@ def apply_weight(base: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
     tensors = {"weight": weight.to(x.dtype) if x.is_floating_point() else weight}
     if not isinstance(base, nn.Embedding) and base.bias is not None:
-        tensors["bias"] = torch.zeros_like(base.bias)
+        tensors["bias"] = torch.zeros(len(weight), dtype=x.dtype, device=x.device)
     return torch.func.functional_call(base, tensors, (x,))
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (setting and pending make dataclass fields)
 """Adapter configs: PEFT's names, defaults and JSON, as frozen dataclasses that carry the metadata of a form.
 
 Imports no torch, so that a spec can be read, checked and shown before anything heavy is loaded.
@@ -227,6 +226,16 @@ class LayerConfig(PeftConfig):
         """Which biases of the base model are trained: none, targets (of the adapted modules) or all."""
         return "none"
 
+    @property
+    def trained_tokens(self) -> list[int] | dict[str, list[int]] | None:
+        """Tokens whose embeddings are trained: of the input embedding, or by the name of the embedding."""
+        return None
+
+    @property
+    def adapted_parameters(self) -> list[str]:
+        """Parameters that are adapted without being a module's weight: endings of their paths."""
+        return []
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_modules in ([], ""):
@@ -415,7 +424,8 @@ def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> 
             raise AdapterError(f"{name} is not there yet", f"{name} is {value!r}; nbtune cannot do this yet.", remedy)
         return
     choices = meta.get("choices")
-    if choices is not None and not any(type(value) is type(choice) and value == choice for choice in choices):
+    chosen = any(type(value) is type(choice) and value == choice for choice in choices or ())
+    if choices is not None and not chosen and not re.fullmatch(meta.get("pattern", r"(?!)"), str(value)):
         raise invalid(name, value, f"must be one of {', '.join(map(repr, choices))}")
     try:
         _validator(cls, name).validate_python(value)

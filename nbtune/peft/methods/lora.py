@@ -2,51 +2,108 @@
 
     y = W x + s B A x        W [out, in], A [r, in], B [out, r]; s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-rsLoRA is Kalajdzievski 2023, arXiv:2312.03732.
+rsLoRA is Kalajdzievski 2023, arXiv:2312.03732. DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the length m [out]
+of the weight's rows:
+
+    y = m / |W + s B A| (W + s B A) x
+
+An init that takes A and B out of W itself (PiSSA, OLoRA; see inits.py) subtracts its start: y = W x + s (B A - B0 A0) x.
+PEFT puts the difference into the base weight; here the base stays what it is, for disabling and for other adapters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.base import empty, features, zeros
+from nbtune.errors import AdapterError
+from nbtune.peft import inits, quantised
+from nbtune.peft.base import CONVOLUTIONS, LINEARS, apply_weight, weight_of, zeros
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
+from nbtune.peft.loftq import loftq
 from nbtune.peft.rows import Group
 from nbtune.peft.targets import of_pattern
+from nbtune.peft.weighted import LowRank, combine
 
 
 class Lora(Adapter):
-    """One low-rank update. The parameters are in fp32 and are cast to the input's precision to compute."""
+    """One low-rank update of a linear layer. Parameters are in fp32 and are cast to the input's precision to compute."""
 
-    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    bases: ClassVar[tuple[type[nn.Module], ...]] = (*LINEARS, *CONVOLUTIONS, nn.Embedding)
+    weighted: ClassVar[bool] = True
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+    }
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(lora_A)  # [r, in]
-        self.lora_B = nn.Parameter(lora_B)  # [out, r]
+        self.lora_A = nn.Parameter(lora_A)  # [r, in, ...]
+        self.lora_B = nn.Parameter(lora_B)  # [out, r, ...]
+        self.register_parameter("lora_bias", None)  # [out]
+        self.register_parameter("magnitude", None)  # [out] ([1, out, 1, ...] of a convolution), DoRA's m
+        for name in ("start_A", "start_B", "base_change"):
+            self.register_buffer(name, None, persistent=False)
         self.scaling = scaling
         self.dropout = dropout
 
     @classmethod
-    def create(cls, base: nn.Module, config: LoraConfig, path: str, shared: None) -> Self:
+    def create(cls, base: Any, config: LoraConfig, path: str, shared: None) -> Self:
+        if cls is Lora and isinstance(base, nn.Embedding):
+            return LoraEmbedding.create(base, config, path, shared)  # type: ignore[return-value]
+        if cls is Lora and isinstance(base, CONVOLUTIONS):
+            return LoraConv.create(base, config, path, shared)  # type: ignore[return-value]
+        cls._check(base, config, path)
         r = of_pattern(config.rank_pattern, path, config.r)
         alpha = of_pattern(config.alpha_pattern, path, config.lora_alpha)
-        out_features, in_features = features(base)
-        lora_A, lora_B = empty(base, r, in_features), zeros(base, out_features, r)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1 / r)
+        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        weight = cls._oriented(weight_of(base).detach())
+        init, change = config.init_lora_weights, None
+        if init == "loftq":
+            bits, iterations = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
+            held, A, B = loftq(weight, bits, r, iterations)
+            change = held - weight
         else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))  # as nn.Linear
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        return cls(lora_A, lora_B, alpha / math.sqrt(r) if config.use_rslora else alpha / r, config.lora_dropout)
+            A, B = cls._first(weight, r, scaling, init)
+        adapter = cls(A, B, scaling, config.lora_dropout)
+        if isinstance(init, str) and (init.startswith("pissa") or init == "olora"):
+            adapter.start_A, adapter.start_B = A.clone(), B.clone()
+        adapter.base_change = change
+        if config.lora_bias:
+            adapter.lora_bias = nn.Parameter(zeros(base, len(B)))
+        if config.use_dora:
+            adapter.magnitude = nn.Parameter(cls._columns(adapter._norm(base), weight))
+        return adapter
+
+    @classmethod
+    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
+        init = config.init_lora_weights
+        if init == "loftq" and quantised.is_quantised(base):
+            message = f"{path} is quantised already, and LoftQ needs the weight that it was made of."
+            raise AdapterError("LoftQ needs the original weight", message, "See replace_lora_weights_loftq.")
+
+    @staticmethod
+    def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
+        if isinstance(init, str) and init.startswith("pissa"):
+            return inits.pissa(weight, r, scaling, int(init.rpartition("_")[2]) if "niter" in init else None)
+        named = {"gaussian": inits.gaussian, "orthogonal": inits.orthogonal, "olora": inits.olora}
+        A, B = named[init](weight, r) if init in named else inits.default(weight, r)  # type: ignore[index]
+        if init is False:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        return A, B
+
+    @staticmethod
+    def _oriented(weight: Tensor) -> Tensor:
+        """The base weight as A and B have it: [out, in, ...]."""
+        return weight
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return y + s B A x, for x [..., in] and y [..., out]."""
@@ -54,6 +111,9 @@ class Lora(Adapter):
         A, B = self._parameters["lora_A"], self._parameters["lora_B"]
         assert A is not None
         assert B is not None
+        plain = type(self) is Lora and self._parameters["magnitude"] is None and self._buffers["start_A"] is None
+        if not plain or self._parameters["lora_bias"] is not None or self._buffers["base_change"] is not None:
+            return self._forward(x, y, base)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         if A.dtype is not x.dtype:
@@ -68,18 +128,86 @@ class Lora(Adapter):
         y.view(-1, out).addmm_(hidden, B.t(), alpha=self.scaling)
         return y
 
+    def _forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
+        """The same with all that LoRA can have beside A and B."""
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training and x.is_floating_point() else x
+        update = self._product(dropped, base, self.lora_A, self.lora_B, y.dtype)
+        if self.start_A is not None:
+            update = update - self._product(x, base, self.start_A, self.start_B, y.dtype)
+        if self.lora_bias is not None:
+            update = update + self._columns(self.lora_bias.to(y.dtype), y)
+        update = self.scaling * update
+        if self.base_change is not None:
+            y = y + apply_weight(base, x, self.base_change)
+        if self.magnitude is None:
+            return y + update
+        bias = None if isinstance(base, nn.Embedding) else base.bias
+        offset = 0 if bias is None else self._columns(bias, y)
+        return self._columns(self._stretch(base).to(y.dtype), y) * (y - offset + update) + offset
+
+    def _product(self, x: Tensor, base: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        """B A x."""
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(dtype))
+
+    @staticmethod
+    def _columns(values: Tensor, y: Tensor) -> Tensor:
+        """One value [out] per output feature, to multiply or add to y."""
+        return values
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as matrices, with the start subtracted where there is one."""
+        A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        return (
+            (A, B) if self.start_A is None else inits.as_plain(A, B, self.start_A.flatten(1), self.start_B.flatten(1))
+        )
+
+    def _norm(self, base: Any) -> Tensor:
+        """|W + s B A| of each row, without that matrix: |W|^2 + 2 s W . B A + s^2 |B A|^2."""
+        W = self._oriented(weight_of(base)).flatten(1).to(self.lora_A.dtype)
+        W = W if self.base_change is None else W + self.base_change.flatten(1)
+        A, B = (factor.detach() for factor in self._factors())
+        squares = W.square().sum(1) + 2 * self.scaling * ((W @ A.T) * B).sum(1)
+        return (squares + self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)).sqrt()
+
+    def _stretch(self, base: nn.Module) -> Tensor:
+        """DoRA's factor of each row, [out]. Its section 4.3: the norm counts as a constant in the backward pass."""
+        assert self.magnitude is not None
+        return self.magnitude.flatten() / self._norm(base).detach()
+
     def delta_weight(self, base: nn.Module) -> Tensor:
-        """Return s B A, [out, in]."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """Return s B A, in the shape of the base weight."""
+        A, B = self._factors()
+        delta = (self.scaling * (B @ A)).reshape(len(B), *self.lora_A.shape[1:])
+        return self._oriented(delta if self.base_change is None else delta + self.base_change)
+
+    def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
+        weight = weight + self.delta_weight(base)
+        if self.magnitude is None:
+            return weight
+        stretch = self._stretch(base)
+        return self._oriented(self._oriented(weight) * stretch.reshape(-1, *[1] * (weight.ndim - 1)))
+
+    def merged_bias(self, bias: Tensor | None, base: Any) -> Tensor | None:
+        if self.lora_bias is not None:
+            added = self.scaling * self.lora_bias
+            return added if bias is None else bias + added
+        if self.magnitude is not None and bias is not None:  # what other adapters have added to it is stretched too
+            return base.bias + self._stretch(base) * (bias - base.bias)
+        return bias
 
     def batch_key(self) -> Hashable:
-        """Ranks and scalings may differ: short ranks are filled up with zeros."""
+        """Ranks and scalings of plain LoRAs may differ: short ranks are filled up with zeros."""
+        parts = (self.lora_bias, self.magnitude, self.start_A, self.base_change)
+        if type(self) is not Lora or any(part is not None for part in parts):
+            return super().batch_key()
         return (type(self), self.dropout if self.training else 0.0)
 
     @classmethod
     def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """y_b + s_b B_b A_b x_b for every row b, in two batched products."""
         first, rank = adapters[0], max(adapter.lora_A.shape[0] for adapter in adapters)
+        if len(first.batch_key()) != 2:  # type: ignore[arg-type]  # more than A and B
+            return super().forward_rows(adapters, group, x, y, base)
         if first.dropout and first.training:
             x = F.dropout(x, first.dropout)
         A = torch.stack([_padded(adapter.lora_A, rank, 0) for adapter in adapters]).to(x.dtype)  # [adapters, r, in]
@@ -90,8 +218,73 @@ class Lora(Adapter):
         hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)  # [rows, tokens, r]
         return torch.baddbmm(y.reshape(rows, -1, y.shape[-1]), hidden, B.mT).view_as(y)
 
+    def low_rank(self) -> LowRank:
+        """Its update as factors, for add_weighted_adapter. Raises AdapterError where it is more than s B A."""
+        if self.magnitude is not None or self.lora_bias is not None or self.base_change is not None:
+            message = "Adapters with DoRA, lora_bias or LoftQ are more than a low-rank update."
+            raise AdapterError("Cannot combine these adapters", message, "Combine plain LoRA adapters.")
+        A, B = self._factors()
+        B = B.reshape(*B.shape, *self.lora_B.shape[2:])
+        return LowRank(A.reshape(len(A), *self.lora_A.shape[1:]), B, self.scaling)
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], kind: str, **settings: Any) -> Self:
+        """A new adapter from some of one layer; see weighted.combine."""
+        A, B, scaling = combine([adapter.low_rank() for adapter in adapters], weights, kind, **settings)
+        return cls(A, B, scaling, adapters[0].dropout)
+
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+class LoraConv(Lora):
+    """LoRA on a convolution: A [r, in, *kernel] with the layer's stride and padding, then B [out, r, 1, ...]."""
+
+    @classmethod
+    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
+        super()._check(base, config, path)
+        if base.groups != 1:
+            message = f"{path} is a convolution in {base.groups} groups; LORA adapts only those with one."
+            raise AdapterError("Grouped convolution", message, "Leave it out of target_modules.")
+
+    def _product(self, x: Tensor, base: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        hidden = apply_weight(base, x, A)  # [batch, r, ...]
+        return torch.einsum("br...,or->bo...", hidden, B.flatten(1).to(hidden.dtype))
+
+    @staticmethod
+    def _columns(values: Tensor, y: Tensor) -> Tensor:
+        return values.reshape(1, -1, *[1] * (y.ndim - 2))
+
+
+class LoraEmbedding(Lora):
+    """LoRA on an embedding: A [r, vocabulary], B [dim, r]; a token's update is s B A[:, token]."""
+
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_embedding_A",
+        "lora_B": "lora_embedding_B",
+        "magnitude": "lora_magnitude_vector",
+    }
+
+    @classmethod
+    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
+        super()._check(base, config, path)
+        if config.lora_bias:
+            message = f"{path} is an embedding, which has no bias."
+            raise AdapterError("lora_bias", message, "Leave it out, or switch lora_bias off.")
+
+    @staticmethod
+    def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
+        if init is True or init is False:
+            A, B = inits.embedding(weight, r)
+            return (A, B) if init else (nn.init.normal_(A), B)
+        return Lora._first(weight, r, scaling, init)
+
+    @staticmethod
+    def _oriented(weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def _product(self, x: Tensor, base: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(apply_weight(base, x, A.t()).to(dtype), B.to(dtype))  # with the base's scale of embeddings
 
 
 def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
