@@ -1,19 +1,16 @@
-"""LoRA on the experts of a mixture, stored in one parameter [E, ...] each (PEFT's `target_parameters`), factored.
+"""LoRA on the experts of a mixture, each projection one parameter of all experts (PEFT's `target_parameters`).
 
     y = W_e x + s B_e A_e x        for a token x that is routed to expert e; A_e [r, in], B_e [out, r]
 
-PEFT rebuilds all of W + s B A, the size of the expert weights, in every forward pass. Here only the tokens that reach
-an expert meet its factors, so the update costs what a low-rank product costs, and its gradients are of A's and B's
-size.
+PEFT builds W + s B A of all experts in every forward pass; here the tokens of an expert meet its low-rank factors.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,49 +22,44 @@ from nbtune.peft.layer import Replacement
 from nbtune.peft.rows import Group
 from nbtune.peft.targets import of_pattern
 
-# What PEFT refuses for parameters too: its update is on the weight, so there is no input to drop or to look at.
+# What PEFT refuses for parameters, in its words or by an error.
 _REFUSED = (
-    *("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config", "use_qalora"),
-    *("alora_invocation_tokens", "arrow_config", "use_bdlora", "monteclora_config"),
+    *("lora_dropout", "lora_bias", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "velora_config"),
+    *("kasa_config", "arrow_config", "monteclora_config", "alora_invocation_tokens"),
 )
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LoraExperts(Replacement):
-    """Low-rank updates of one or more expert parameters of a module, by the parameters' names.
+    """Low-rank updates of a module's expert projections, by the names of the parameters.
 
-    Serves the experts of transformers 5 (all models with `use_experts_implementation`: Mixtral, Qwen, DeepSeek, gpt-oss
-    and 60 others) and of Llama 4. Older models have a Linear for each expert and need nothing of this.
+    Serves what transformers 5 marks with `use_experts_implementation` (Mixtral, Qwen, DeepSeek, gpt-oss and 60 others)
+    and Llama 4. Experts that are modules of Linears have no use for it.
     """
 
     bases: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
 
-    def __init__(
-        self, lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor], scaling: Mapping[str, float], transposed: bool
-    ) -> None:
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.lora_A = nn.ParameterDict({name: nn.Parameter(A) for name, A in lora_A.items()})  # each [E, r, in]
-        self.lora_B = nn.ParameterDict({name: nn.Parameter(B) for name, B in lora_B.items()})  # each [E, out, r]
-        self.scaling = dict(scaling)
-        self.transposed = transposed  # whether the update of a weight is (B A)^T, of shape [E, in, out]
+        self.lora_A = nn.ParameterDict()  # each [E, r, in]
+        self.lora_B = nn.ParameterDict()  # each [E, out, r]
+        self.scaling: dict[str, float] = {}  # in the module's order of parameters
+        self.transposed = transposed  # whether the update of a weight is (B A)^T, [E, in, out]
 
     @classmethod
-    def create(cls, base: nn.Module, config: LoraConfig, path: str, parameters: Sequence[str]) -> Self:
-        """A new adapter for some parameters, each [E, out, in] or [E, in, out], of the experts module at `path`.
+    def create(cls, base: nn.Module, config: LoraConfig, path: str, shared: Sequence[str]) -> Self:
+        """A new adapter for the experts at `path`; `shared` are the names of parameters, [E, out, in] or [E, in, out].
 
-        A pattern for ranks or alphas is matched against `<path>.<parameter>`. Raises AdapterError for a module whose
-        computation is not known, for quantised weights, and for settings that have no meaning here.
+        Patterns of ranks and alphas are matched against `<path>.<parameter>`. Raises AdapterError for a module whose
+        computation is not known, for quantised weights, and for settings that experts cannot have.
         """
-        _check(base, config, path, parameters)
-        transposed = vars(base).get("is_transposed", False)
-        lora_A, lora_B, scaling = {}, {}, {}
-        # In the order in which the module has them, on which the names in a file depend.
-        for name in (name for name in base._parameters if name in parameters):
+        _check(base, config, path, shared)
+        adapter = cls(transposed=vars(base).get("is_transposed", False))
+        for name in filter(shared.__contains__, base._parameters):
             weight = base.get_parameter(name)
             r = of_pattern(config.rank_pattern, f"{path}.{name}", config.r)
             alpha = of_pattern(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)
             experts, *sizes = weight.shape
-            in_size, out_size = sizes if transposed else reversed(sizes)
+            in_size, out_size = sizes if adapter.transposed else reversed(sizes)
             dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
             A = torch.empty(experts * r, in_size, dtype=dtype, device=weight.device)
             B = torch.zeros(out_size, r * experts, dtype=dtype, device=weight.device)
@@ -77,85 +69,169 @@ class LoraExperts(Replacement):
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             if config.init_lora_weights is False:
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-            lora_A[name], lora_B[name] = _from_file(A, B, experts)
-            scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        return cls(lora_A, lora_B, scaling, transposed)
-
-    def factors(self, name: str, dtype: torch.dtype, reverse: bool) -> tuple[Tensor, Tensor]:
-        """What a token is multiplied by: [E, in, r], then [E, r, out]; the scaling is not in them.
-
-        `reverse` where PEFT, and so the file, takes a weight [E, in, out] for [E, out, in]: in Llama 4.
-        """
-        A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
-        return (B, A) if reverse else (A.mT, B.mT)
+            adapter.lora_A[name], adapter.lora_B[name] = map(nn.Parameter, _by_expert(A, B, experts))
+            adapter.scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        return adapter
 
     @classmethod
-    def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any) -> Tensor:
         """The experts' output [tokens, hidden] for x [tokens, hidden], with all these adapters active."""
-        return experts_forward(base, adapters, None, x, *args, **kwargs)
+        return experts_forward(base, adapters, None, x, *args)
 
     @classmethod
-    def forward_each(
-        cls, adapters: Sequence[Self], group: Group, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The same, token t with `adapters[group.which[t]]` or, where that is -1, with none."""
-        return experts_forward(base, adapters, group.index, x, *args, **kwargs)
+    def forward_each(cls, adapters: Sequence[Self], group: Group, base: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        """The same, token t with `adapters[group.which[t]]`, or with none where that is -1."""
+        return experts_forward(base, adapters, group.index, x, *args)
 
     @torch.no_grad()
-    def merged_parameters(self, base: nn.Module) -> dict[str, Tensor]:
-        """The weights, by name and in the base's shape and precision, of plain experts that compute the same."""
-        merged = {}
-        for name, weight in ((name, base.get_parameter(name).detach().clone()) for name in self.lora_A):
-            for matrix, A, B in zip(weight, self.lora_A[name], self.lora_B[name], strict=True):
-                delta = self.scaling[name] * (B @ A)
-                matrix.copy_(matrix + (delta.mT if self.transposed else delta))
-            if not torch.isfinite(weight).all():
-                message = f"The merged {name} would hold inf or nan."
-                raise AdapterError("Cannot merge", message, "Is the adapter trained well?")
-            merged[name] = weight
-        return merged
-
     def merged_module(self, module: nn.Module) -> nn.Module:
-        """A copy of the experts with merged weights; it shares everything else with `module`, which stays as it is."""
+        """A copy of the experts with merged weights, made expert by expert; it shares the rest with `module`."""
         clone = copy.copy(module)
         clone.__dict__["_parameters"] = dict(module._parameters)
-        for name, weight in self.merged_parameters(module).items():
-            clone._parameters[name] = nn.Parameter(weight, requires_grad=module.get_parameter(name).requires_grad)
+        for name, scaling in self.scaling.items():
+            weight = module.get_parameter(name)
+            merged = weight.clone()
+            for matrix, A, B in zip(merged, self.lora_A[name], self.lora_B[name], strict=True):
+                delta = scaling * (B @ A)
+                matrix.copy_(matrix + (delta.mT if self.transposed else delta))
+            if not torch.isfinite(merged).all():
+                message = f"The merged {name} of the experts would hold inf or nan."
+                raise AdapterError("Cannot merge", message, "Is the adapter trained well?")
+            clone._parameters[name] = nn.Parameter(merged, requires_grad=weight.requires_grad)
         return clone
 
     def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's names and shapes since its version 0.19: lora_A.weight [E*r, in], lora_B.weight [out, r*E].
+        """PEFT's names and, since its version 0.19, shapes: lora_A.weight [E*r, in], lora_B.weight [out, r*E].
 
-        The parameter's name is not in the file: the last parameter of the module is the outermost there, the one
-        before it has `base_layer.` before its names, and so on.
+        They are those of the module's last parameter; each one before it has one more `base_layer.` in front.
         """
         tensors = {}
-        for name, prefix in self._prefixes().items():
-            tensors[f"{prefix}lora_A.weight"] = state[f"lora_A.{name}"].flatten(0, 1)
-            tensors[f"{prefix}lora_B.weight"] = state[f"lora_B.{name}"].permute(1, 2, 0).flatten(1)
+        for name, (key_A, key_B) in self._keys().items():
+            tensors[key_A] = state[f"lora_A.{name}"].flatten(0, 1)
+            tensors[key_B] = state[f"lora_B.{name}"].permute(1, 2, 0).flatten(1)
         return tensors
 
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors under the names of `saved`, of PEFT's present or its old layout; those not given stay."""
+        """Take tensors under the names of `saved`, in PEFT's present or old layout; those not given stay."""
         tensors = {**self.saved(self.own_state()), **self.of_this_layout(tensors)}
-        for name, prefix in self._prefixes().items():
-            A, B = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
-            for own, new in zip((self.lora_A[name], self.lora_B[name]), _from_file(A, B, len(own_A)), strict=True):
-                own.data.copy_(new)
+        for name, (key_A, key_B) in self._keys().items():
+            A, B = _by_expert(tensors[key_A], tensors[key_B], len(self.lora_A[name]))
+            self.lora_A[name].copy_(A)
+            self.lora_B[name].copy_(B)
 
     def of_this_layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file, in the present layout also where they come from PEFT 0.17 or 0.18.
+        """The tensors of a file, in the present layout also if they come from PEFT 0.17 or 0.18.
 
-        Those took every weight for [E, in, out], so that A and B have each other's place where it is [E, out, in]. No
-        version in the file says so, but the shapes do, and one parameter's speak for the module's others. Where in = out
-        for all of them nothing speaks, and the present layout is assumed.
+        Those took every weight for [E, in, out]; where it is [E, out, in], A and B have each other's place. The file
+        has no mark of it, but the shapes tell, and one parameter's for the module's others. If in = out for all of
+        them, nothing tells, and the present layout is assumed.
         """
-        own = {name: (self.lora_A[name], self.lora_B[name]) for name in self.lora_A}
-        return dict(tensors)
+        old, certain = {}, False
+        for name, (key_A, key_B) in self._keys().items():
+            (experts, r, in_size), out_size = self.lora_A[name].shape, self.lora_B[name].shape[1]
+            shapes = [tensors[key].shape for key in (key_A, key_B) if key in tensors]
+            if shapes == [(experts * r, out_size), (in_size, r * experts)] and not self.transposed:
+                certain |= in_size != out_size
+                A, B = _by_expert(tensors[key_A], tensors[key_B], experts)  # [E, r, out], [E, in, r]
+                old |= {key_A: B.mT.flatten(0, 1), key_B: A.permute(2, 1, 0).flatten(1)}
+        return {**tensors, **old} if certain else dict(tensors)
 
-    def _prefixes(self) -> dict[str, str]:
-        """What stands before a parameter's tensors in a file, by the parameter's name."""
-        return {name: "base_layer." * depth for depth, name in enumerate(reversed(list(self.lora_A)))}
+    def _keys(self) -> dict[str, tuple[str, str]]:
+        """The names of A and B in a file, by the parameter's name."""
+        prefixes = {name: "base_layer." * depth for depth, name in enumerate(reversed(self.scaling))}
+        return {name: (f"{prefix}lora_A.weight", f"{prefix}lora_B.weight") for name, prefix in prefixes.items()}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: r={A.shape[1]}, scaling={self.scaling[name]:g}" for name, A in self.lora_A.items())
+
+def _by_expert(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """[E, r, in] and [E, out, r] of a file's A [E*r, in] and B [out, r*E]."""
+    return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+
+
+def _check(base: nn.Module, config: LoraConfig, path: str, parameters: Sequence[str]) -> None:
+    """Raise AdapterError where `LoraExperts` cannot serve these parameters, or not with these settings."""
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts  # late: only mixtures need it
+
+    # transformers' mark leaves these attributes in an experts module; without them its computation is not known.
+    marked = "has_gate" in vars(base) and not vars(base)["_is_expert_parallel"]
+    weights = {name: base._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj")}
+    known = [name for name, w in weights.items() if w is not None and w.is_floating_point() and w.itemsize > 1]
+    if not set(parameters).issubset(known) or not (marked or isinstance(base, Llama4TextExperts)):
+        names = ", ".join(f"{path}.{name}" for name in parameters)
+        message = f"{names}: of a {type(base).__name__}, nbtune can adapt {', '.join(known) or 'nothing'}."
+        remedy = "Name only projections that hold whole experts, in 16 bits or more, and that nbtune knows."
+        raise AdapterError("Not an expert projection", message, remedy)
+    refused = [name for name in _REFUSED if vars(config)[name]]
+    refused += ["init_lora_weights"] if config.init_lora_weights not in (True, False, "gaussian") else []
+    for name in refused:
+        message = f"{name} is {vars(config)[name]!r}, which the experts in {path} cannot have."
+        raise AdapterError(f"{name} does not go with target_parameters", message, f"Leave {name} at its default.")
+
+
+def _ends(expert: Tensor, experts: int) -> Tensor:
+    """For the experts [S] of some rows, ascending: the row after each expert's last, [E]."""
+    return torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True).int()
+
+
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The rows x [S, in], in the order of their experts, times their expert's part of weight [E, in, out]: [S, out]."""
+    # torch's kernel takes no fp64 and wants all rows to be multiples of 16 bytes.
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    modern = x.is_cpu or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    if aligned and modern and x.dtype is not torch.float64:
+        return F.grouped_mm(x, weight, offs=ends)
+    parts = zip(x.split(ends.diff(prepend=ends.new_zeros(1)).tolist()), weight.unbind(), strict=True)
+    return torch.cat([rows @ matrix for rows, matrix in parts if len(rows)] or [x @ weight[0]])
+
+
+def experts_forward(
+    base: Any, adapters: Sequence[LoraExperts], which: Tensor | None, x: Tensor, *routing: Tensor
+) -> Tensor:
+    """The output [T, hidden] of an experts module for x [T, hidden], with the sum of the adapters' updates.
+
+    `routing` is top_k_index [T, k], the experts of each token, and top_k_weights [T, k]. Without it (Llama 4) x is
+    weighted already, and holds the tokens once for each expert. With `which` [T] token t gets the update of
+    `adapters[which[t]]` only, or none where that is -1.
+    """
+    experts = len(base.down_proj)
+    if routing:
+        top_k_index, top_k_weights = routing
+    else:
+        top_k_index = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts)[:, None]
+        top_k_weights = x.new_ones(top_k_index.shape)
+        # The layer took x for the tokens of one row after the other; they are that only within one expert.
+        which = None if which is None else which[::experts].repeat(experts)
+    expert, order = top_k_index.flatten().sort(stable=True)  # [T*k]: pairs of a token and an expert, by expert
+    token = order // top_k_index.shape[1]
+    ends = _ends(expert, experts)
+    updates: list[tuple[LoraExperts, Any, Tensor]] = [(adapter, None, ends) for adapter in adapters]
+    if which is not None:
+        parts = [(which[token] == number).nonzero().squeeze(1) for number in range(len(adapters))]
+        updates = [(adapters[number], rows, _ends(expert[rows], experts)) for number, rows in enumerate(parts)]
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight = base._parameters[name]
+        x = x.to(weight.dtype)
+        y = _product(x, weight if not routing or base.is_transposed else weight.mT, ends)
+        if routing and base.has_bias:
+            y += base._parameters[f"{name}_bias"][expert]
+        for adapter, rows, own_ends in (update for update in updates if name in update[0].scaling):
+            A, B = adapter.lora_A[name].to(x.dtype), adapter.lora_B[name].to(x.dtype)
+            # PEFT, and so the file, takes Llama 4's weights [E, in, out] for [E, out, in].
+            first, second = (A.mT, B.mT) if routing else (B, A)  # [E, in, r], [E, r, out]
+            hidden = _product(x if rows is None else x[rows], first, own_ends) * adapter.scaling[name]
+            change = _product(hidden, second, own_ends)
+            y = y.add_(change) if rows is None else y.index_add_(0, rows, change)
+        return y
+
+    y = project("gate_up_proj" if not routing or base.has_gate else "up_proj", x[token])
+    if routing:
+        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+    else:
+        y = base.act_fn(y.chunk(2, dim=-1)[0]) * y.chunk(2, dim=-1)[1]
+    y = project("down_proj", y)
+    if routing and base.has_post_expert_norm:
+        y = base.post_expert_norm(y)
+    y = y * top_k_weights.flatten()[order, None]
+    # Put back in order and summed, since index_add adds in any order on a GPU.
+    return y[order.argsort()].unflatten(0, top_k_index.shape).sum(1).to(x.dtype)
