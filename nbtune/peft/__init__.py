@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any
 from nbtune.peft.config import METHODS, LayerConfig, PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
+    from nbtune.peft.calibration import initialize_lora_eva_weights, replace_lora_weights_loftq
     from nbtune.peft.configs.lora import LoraConfig
+    from nbtune.peft.hotswap import hotswap_adapter
+    from nbtune.peft.kbit import prepare_model_for_kbit_training
     from nbtune.peft.layer import Adapter, AdapterLayer
-    from nbtune.peft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from nbtune.peft.model import (
+        PeftModel,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
+    from nbtune.peft.status import get_layer_status, get_model_status
     from nbtune.peft.targets import find_targets
 
 _HOMES = {
@@ -21,8 +31,15 @@ _HOMES = {
     "AdapterLayer": "layer",
     "PeftModel": "model",
     "find_targets": "targets",
+    "get_layer_status": "status",
+    "get_model_status": "status",
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
+    "hotswap_adapter": "hotswap",
+    "initialize_lora_eva_weights": "calibration",
+    "inject_adapter_in_model": "model",
+    "prepare_model_for_kbit_training": "kbit",
+    "replace_lora_weights_loftq": "calibration",
     "set_peft_model_state_dict": "model",
     **{method.config: f"configs.{method.module}" for method in METHODS.values()},
 }

@@ -83,6 +83,11 @@ def fill(
     """
     parts = list(_parts(adapters))
     places = adapter_tensors(adapters)
+    tensors = dict(tensors)
+    for prefix, _, part in parts:
+        own = [name for name in part.saved(part.own_state()) if prefix + name in tensors]
+        now = part.of_this_layout({name: tensors[prefix + name] for name in own})
+        tensors |= {prefix + name: tensor for name, tensor in now.items()}
     missing = sorted(places.keys() - tensors.keys())
     repeated = {prefix + name for prefix, _, part in parts for name in part.repeated}
     unexpected = sorted(tensors.keys() - places.keys() - repeated)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import nn
 
-from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig
+from nbtune.peft.base import LINEARS
+from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule, Several
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.methods.bias import Bias
+from nbtune.peft.methods.experts import LoraExperts
+from nbtune.peft.methods.lora import Lora
+from nbtune.peft.prompt import SavedBesidePrompt
 from nbtune.peft.quantised import is_quantised
 from nbtune.peft.targets import Place, matching, saved_modules, walk
 
@@ -29,19 +32,21 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield path, layer
 
 
-def build(model: nn.Module, config: PeftConfig) -> dict[str, Adapter]:
-    """New adapters by module path for a resolved config, not yet in the model.
+def build(model: nn.Module, config: PeftConfig, *, to_fill: bool = False) -> dict[str, Adapter]:
+    """New adapters by module path for a resolved config, not yet in the model; `to_fill` with the tensors of a file.
 
     Raises AdapterError where the method cannot adapt a module that the config names.
     """
     places = walk(model)
+    assert isinstance(config, LayerConfig | PromptLearningConfig)
     if isinstance(config, PromptLearningConfig):
-        adapters = _prompt(model, config, places)
+        # A file holds what a prompt's encoder made, not the encoder.
+        adapters = _prompt(model, config.replace(inference_mode=config.inference_mode or to_fill), places)
     else:
-        assert isinstance(config, LayerConfig)
         adapters = _layers(config, places)
+        _add_parameters(adapters, config, places)
         _add_biases(adapters, config, places)
-        _add_saved_modules(adapters, config, places)
+    _add_saved_modules(adapters, config, places)
     for adapter in adapters.values():
         adapter.requires_grad_(not config.inference_mode)
     return adapters
@@ -63,10 +68,33 @@ def _check_base(kind: type[Adapter], config: PeftConfig, path: str, base: nn.Mod
         raise AdapterError(
             "Wrong kind of module", message, "Leave it out of target_modules, or name it in exclude_modules."
         )
-    weight = base.weight
-    if isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not is_quantised(base):
+    weight = base._parameters.get("weight")
+    if weight is not None and not weight.is_floating_point() and not is_quantised(base):
         message = f"{path} ({type(base).__name__}) holds {weight.dtype} weights; {config.peft_type} cannot adapt them."
         raise AdapterError("Unknown quantisation", message, "Load the model in 4 or 8 bit with bitsandbytes, or whole.")
+
+
+def _add_parameters(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
+    """LoRA on parameters that are no module's weight, such as all experts of a block in one tensor."""
+    found: dict[str, list[str]] = {}
+    for wanted in config.adapted_parameters:
+        names = [(path, name) for path, place in places.items() for name in place.module._parameters]
+        matches = [(path, name) for path, name in names if f".{path}.{name}".endswith(f".{wanted}")]
+        if not matches:
+            length = wanted.count(".") + 1
+            remedy = did_you_mean(wanted, [".".join(f"{path}.{name}".split(".")[-length:]) for path, name in names])
+            raise AdapterError("No such parameter", f"target_parameters: none of the model matches {wanted!r}.", remedy)
+        for path, name in matches:
+            found.setdefault(path, []).append(name)
+    for path, names in found.items():
+        if path in adapters:
+            message = f"{path} is named in target_modules and in target_parameters."
+            raise AdapterError("A module is named twice", message, "Name it in one of them.")
+        base = places[path].module
+        if isinstance(base, LINEARS) and names == ["weight"]:
+            adapters[path] = Lora.create(base, config, path, None)
+        else:
+            adapters[path] = LoraExperts.create(base, config, path, names)
 
 
 def _add_biases(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
@@ -85,25 +113,24 @@ def _add_biases(adapters: dict[str, Adapter], config: LayerConfig, places: dict[
         adapters[path] = Several([adapters[path], bias]) if path in adapters else bias
 
 
-def _add_saved_modules(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
+def _add_saved_modules(
+    adapters: dict[str, Adapter], config: LayerConfig | PromptLearningConfig, places: dict[str, Place]
+) -> None:
+    kind = SavedBesidePrompt if isinstance(config, PromptLearningConfig) else SavedModule
     saved = saved_modules(config, places)
     for path in saved:
         if path in adapters or any(path.startswith(f"{other}.") for other in saved):
             message = f"{path} is to be saved whole, and is adapted or inside another module that is saved whole."
             raise AdapterError("A module is named twice", message, "Name it in modules_to_save or in target_modules.")
-        adapters[path] = SavedModule(copy.deepcopy(places[path].module))
+        adapters[path] = kind(copy.deepcopy(places[path].module))
 
 
-def _prompt(model: nn.Module, config: PromptLearningConfig, places: dict[str, Place]) -> dict[str, Adapter]:
-    """A prompt hangs at the input embedding, which stays as it is; PeftModel puts it before the tokens."""
-    if not isinstance(model, PreTrainedModel):
-        message = f"{type(model).__name__} is no model of transformers; {config.peft_type} needs its embeddings."
-        raise AdapterError("No place for a prompt", message, "Use a method that adapts layers, such as LORA.")
+def _prompt(model: Any, config: PromptLearningConfig, places: dict[str, Place]) -> dict[str, Adapter]:
+    """A prompt hangs at the input embedding, which stays as it is; `prompted` puts it before the tokens."""
     embedding = model.get_input_embeddings()
-    path = next(
-        path for path, place in places.items() if place.module in (embedding, embedding._modules.get("base_layer"))
-    )
-    return {path: adapter_class(config).create(model, config, path, None)}
+    base = embedding.base_layer if isinstance(embedding, AdapterLayer) else embedding
+    path = next(path for path, place in places.items() if place.module is base)
+    return {path: adapter_class(config).create(base, config, path, None)}
 
 
 def attach(model: nn.Module, state: ActiveAdapters, name: str, adapters: dict[str, Adapter]) -> None:

@@ -42,6 +42,10 @@ class _Stored(nn.Module):
         """What the file holds, by name, for these tensors of `own_state`."""
         return {self.file_names.get(name, name): tensor for name, tensor in state.items()}
 
+    def of_this_layout(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Its tensors in a file, by name, as `saved` has them, where another version of PEFT wrote them otherwise."""
+        return tensors
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors of a file, by name; their shapes are those of `saved`. Those that are not given stay."""
         state = self.own_state()

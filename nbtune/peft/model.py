@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft import checkpoint, inject
+from nbtune.peft import checkpoint, combination, inject, prompt
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, Rows
 from nbtune.peft.methods import adapter_class
@@ -45,6 +45,11 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     adapted._add(adapter_name, peft_config, replace=True)
     adapted.set_adapter(adapter_name)
     return adapted
+
+
+def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+    """The model itself, with a new adapter in its layers and no PeftModel around it; see `get_peft_model`."""
+    return get_peft_model(model, peft_config, adapter_name).get_base_model()
 
 
 class _Base(nn.Module):
@@ -135,9 +140,11 @@ class PeftModel(nn.Module):
             if tensors is None:  # a name without a module is a slip of the pen in a new config, a fact in a file
                 find_targets(base, config)
             config = resolve(base, config)
+        else:
+            config = prompt.resolve(base, config)
         if config.base_model_name_or_path is None and isinstance(base, PreTrainedModel):
             config = config.replace(base_model_name_or_path=base.name_or_path or None)
-        adapters = inject.build(base, config)
+        adapters = inject.build(base, config, to_fill=tensors is not None)
         result = checkpoint.LoadResult([], [])
         if tensors is not None:
             result = checkpoint.fill(base, adapters, tensors, strict)
@@ -205,6 +212,37 @@ class PeftModel(nn.Module):
         inject.detach(self.get_base_model(), name)
         del self.peft_config[name]
         self._state.update(active=tuple(other for other in self._state.active if other != name))
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others of one method, LoRA or IA3, switched off.
+
+        The combination types are those of weighted.py; IA3 only has `linear`. `svd_full_matrices` is PEFT's and
+        changes nothing. Raises AdapterError, and adds nothing, where the adapters cannot be combined so.
+        """
+        inject.check_name(adapter_name)
+        self._check_known(adapters)
+        if adapter_name in self.peft_config:
+            message = f"There is an adapter {adapter_name!r} already."
+            raise AdapterError("The name is taken", message, "Use another name, or delete_adapter first.")
+        settings = {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_driver": svd_driver, "density": density}
+        settings["majority_sign_method"] = majority_sign_method
+        parts = {name: (self.peft_config[name], self._adapters(name)) for name in adapters}
+        base = self.get_base_model()
+        config, combined = combination.combined(base, parts, weights, combination_type, **settings)
+        inject.attach(base, self._state, adapter_name, combined)
+        self.peft_config[adapter_name] = config
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, requantise: bool = False
@@ -364,7 +402,7 @@ class PeftModel(nn.Module):
 
         The loss of the output, if it has one, includes what the method adds to it (`penalty`).
         """
-        with self._rows(adapter_names):
+        with self._rows(adapter_names), prompt.prompted(self.get_base_model(), self._state):
             output = self.base_model(*args, **kwargs)
         penalty = self.penalty()
         if penalty is not None and isinstance(output, dict) and output.get("loss") is not None:
@@ -391,8 +429,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; `adapter_names` as in `forward`."""
-        with self._rows(adapter_names):
-            base: Any = self.get_base_model()
+        base: Any = self.get_base_model()
+        with self._rows(adapter_names), prompt.prompted(base, self._state):
             return base.generate(*args, **kwargs)
 
     @contextmanager

@@ -58,7 +58,8 @@ def test_every_choice_of_a_user_has_help():
     shown = {setting.name for setting in settings(LoraConfig) if setting.part == "method"}
     modules = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
     numbers = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
-    assert shown == modules | numbers
+    more = {"bias", "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "loftq_config", "eva_config"}
+    assert shown == modules | numbers | more
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,10 @@ def test_every_choice_of_a_user_has_help():
         ({"task_type": "CHAT"}, "task_type is 'CHAT'; it must be one of SEQ_CLS"),
         ({"rnk": 4}, "LoraConfig has no setting 'rnk'"),
         ({"lora_alfa": 4}, "Did you mean lora_alpha"),
-        ({"use_dora": True}, "use_dora is True; nbtune cannot do this yet"),
-        ({"bias": "all"}, "bias is 'all'; nbtune cannot do this yet"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"use_qalora": True}, "use_qalora is True; nbtune cannot do this yet"),
+        ({"bias": "some"}, "bias is 'some'; it must be one of 'none', 'all', 'lora_only'"),
+        ({"use_dora": True, "lora_bias": True}, "DoRA has no place for a bias"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights is 'pissa_niter_x'; it must be one of"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_refused_by_name(settings, message):
