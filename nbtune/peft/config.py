@@ -432,7 +432,7 @@ def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> 
     except ValidationError as error:
         raise invalid(name, value, f"must be of type {field.type}") from error
     for key, (holds, words) in _LIMITS.items():
-        if key in meta and not holds(value, meta[key]):
+        if key in meta and value is not None and not holds(value, meta[key]):
             raise invalid(name, value, f"must be {words} {meta[key]}")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from nbtune._transformers import Conv1D, PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft.config import LayerConfig, TaskType, did_you_mean
+from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, did_you_mean
 from nbtune.peft.layer import AdapterLayer
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -81,9 +81,13 @@ def resolve(model: nn.Module, config: LayerConfig, places: dict[str, Place] | No
         targets = _shortest_names(_in_blocks(places, config), places)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _shortest_names(_all_linear(model, places, config), places)
-    heads = [head for head in _task_heads(config) if head not in (config.modules_to_save or [])]
-    saved = [*(config.modules_to_save or []), *heads] or None
-    return config.replace(target_modules=targets, modules_to_save=saved)
+    return config.replace(target_modules=targets, modules_to_save=with_task_heads(config))
+
+
+def with_task_heads(config: LayerConfig | PromptLearningConfig) -> list[str] | None:
+    """`modules_to_save`, and the names that the head of the config's task has in the models."""
+    named = list(dict.fromkeys(config.modules_to_save or []))
+    return [*named, *(head for head in _task_heads(config) if head not in named)] or None
 
 
 def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
@@ -103,7 +107,7 @@ def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
     return found
 
 
-def saved_modules(config: LayerConfig, places: Iterable[str]) -> list[str]:
+def saved_modules(config: LayerConfig | PromptLearningConfig, places: Iterable[str]) -> list[str]:
     """The paths of the modules that are trained and saved whole; PEFT compares the ends of the paths as text."""
     return [path for path in places if path.endswith(tuple(config.modules_to_save or ()))]
 
@@ -170,7 +174,7 @@ def _all_linear(model: nn.Module, places: dict[str, Place], config: LayerConfig)
     return [path for path, place in places.items() if isinstance(place.module, _LINEAR) and place.module is not head]
 
 
-def _task_heads(config: LayerConfig) -> tuple[str, ...]:
+def _task_heads(config: PeftConfig) -> tuple[str, ...]:
     return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 

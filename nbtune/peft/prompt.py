@@ -1,0 +1,246 @@
+"""What the methods that train a prompt share, and how a prompt gets into the base model.
+
+A prompt hangs at the input embedding, whose output it leaves alone: so adding, switching, saving and freezing are those
+of every adapter. `prompted` puts it before the tokens with forward hooks on the one model object, which last for one
+call. Generation, which only calls `forward`, thus needs nothing of its own: it counts the tokens that it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nbtune._transformers import PreTrainedModel
+from nbtune.errors import AdapterError
+from nbtune.peft.config import PromptLearningConfig, invalid
+from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, SavedModule
+from nbtune.peft.methods import adapter_class
+from nbtune.peft.targets import with_task_heads
+
+KEY = "prompt_embeddings"  # of the prompt in a file, without a prefix
+Arguments = dict[str, Any]  # of a module's forward, by name
+
+
+class Prompt(Adapter):
+    """Virtual tokens: `embedding` itself, or what `encoder` makes of it. Only what it makes is saved, as in PEFT.
+
+    Here they are input embeddings [num_virtual_tokens * submodules, token_dim], of which a model with an encoder and a
+    decoder reads the first num_virtual_tokens, in its encoder. A method overrides `create`.
+    """
+
+    bases = (nn.Embedding,)
+
+    def __init__(self, embedding: Tensor, config: PromptLearningConfig, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(embedding)
+        self.encoder = encoder
+        self.length = config.num_virtual_tokens
+
+    def tokens(self) -> Tensor:
+        return self.embedding if self.encoder is None else self.encoder(self.embedding)
+
+    @classmethod
+    def facts(cls, model: PreTrainedModel) -> dict[str, int]:
+        """What a config of this method says about the model it is for."""
+        config, embedding = text_config(model), cast("Any", model.get_input_embeddings())
+        sizes = {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+        return {"token_dim": embedding.embedding_dim, **sizes}
+
+    @classmethod
+    def hooked(cls, model: PreTrainedModel) -> dict[nn.Module, Callable[[Prompted, Arguments], Arguments]]:
+        """The modules whose arguments change, and how."""
+        if not model.config.is_encoder_decoder:
+            return {model: before_embeddings}
+        decoder_mask = "encoder_attention_mask"
+        return {
+            model.get_encoder(): before_embeddings,
+            model.get_decoder(): lambda prompted, arguments: prompted.longer_mask(arguments, decoder_mask),
+        }
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return y
+
+    @classmethod
+    def forward_rows(cls, adapters: Any, group: Any, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return y
+
+    def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
+        message = f"{type(self).__name__} puts a prompt before the text; no weight of the model can hold it."
+        raise AdapterError("A prompt cannot be merged", message, "Save the adapter and load it with the model.")
+
+    def file_prefix(self, path: str) -> str:
+        return ""
+
+    def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        training = self.training
+        self.eval()  # without dropout
+        tokens = torch.func.functional_call(_Tokens(self), {f"prompt.{name}": state[name] for name in state}, ())
+        self.train(training)
+        return {KEY: tokens.detach()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if KEY in tensors and self.encoder is not None:
+            message = "The file holds the virtual tokens; the network that makes them cannot be found from them."
+            remedy = "Use load_adapter, which goes on with the virtual tokens themselves."
+            raise AdapterError("Not into a prompt encoder", message, remedy)
+        if KEY in tensors:
+            self.embedding.copy_(tensors[KEY])
+
+
+class _Tokens(nn.Module):
+    """Makes `tokens` a module's forward, whose parameters torch.func can replace."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__()
+        self.prompt = prompt
+
+    def forward(self) -> Tensor:
+        return self.prompt.tokens()
+
+
+class SavedBesidePrompt(SavedModule):
+    """A head that is trained together with a prompt; PEFT writes its path without `model.`."""
+
+    def file_prefix(self, path: str) -> str:
+        return f"base_model.{path}."
+
+
+def resolve(model: nn.Module, config: PromptLearningConfig) -> PromptLearningConfig:
+    """The config with the facts of the base model, which PEFT reads from the file.
+
+    Raises AdapterError where the model cannot have such a prompt, or is not the one that the config is for.
+    """
+    if not isinstance(model, PreTrainedModel):
+        message = f"{type(model).__name__} is no model of transformers; {config.peft_type} needs its embeddings."
+        raise AdapterError("No place for a prompt", message, "Use a method that adapts layers, such as LORA.")
+    kind = adapter_class(config)
+    assert issubclass(kind, Prompt)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    facts = kind.facts(model)
+    if given["token_dim"] not in (None, facts["token_dim"]):
+        raise invalid("token_dim", given["token_dim"], f"is {facts['token_dim']} in this model; leave it out")
+    seq2seq = config.task_type == "SEQ_2_SEQ_LM" or (config.task_type is None and model.config.is_encoder_decoder)
+    facts["num_transformer_submodules"] = 2 if seq2seq else 1
+    if "encoder_hidden_size" in given:
+        facts["encoder_hidden_size"] = facts["token_dim"]
+    missing = {name: value for name, value in facts.items() if given[name] is None}
+    return config.replace(modules_to_save=with_task_heads(config), **missing)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The config of the layers that read or write text; of the decoder, where there is one."""
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    return decoder.config.get_text_config(decoder=True)
+
+
+@contextmanager
+def prompted(model: nn.Module, state: ActiveAdapters) -> Iterator[None]:
+    """Inside, calls of the base model begin with the active prompt, if there is one.
+
+    Raises AdapterError for more than one, and for rows with and without a prompt or with prompts of other lengths.
+    """
+    rows = state.applied if state.rows is None else state.rows.names
+    names = [name for name in rows if name != BASE and isinstance(state.configs[name], PromptLearningConfig)]
+    if not names:
+        yield
+        return
+    assert isinstance(model, PreTrainedModel)
+    if len(names) > 1 and state.rows is None:
+        message = f"{', '.join(names)} are active, and each is a prompt of its own."
+        raise AdapterError("More than one prompt", message, "Activate one of them with set_adapter.")
+    distinct = list(dict.fromkeys(names))
+    adapters: Any = model.get_input_embeddings().adapters
+    prompts: list[Prompt] = [adapters[name] for name in distinct]
+    kinds = {(type(prompt).hooked, prompt.length) for prompt in prompts}
+    if state.rows is not None and (len(names) < len(rows) or len(kinds) > 1):
+        message = "Rows of one batch need prompts of one length and one place (input embeddings or keys and values)."
+        raise AdapterError("Rows with different prompts", message, "Put such rows into batches of their own.")
+    active = Prompted(model, prompts, [distinct.index(name) for name in names])
+    with ExitStack() as stack:
+        for module, change in prompts[0].hooked(model).items():
+            hook = module.register_forward_pre_hook(active.hook(change), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """The prompts that are active during one call of a model."""
+
+    model: PreTrainedModel
+    prompts: Sequence[Prompt]
+    which: Sequence[int]  # for each row a number in the list of prompts, or [0] for all rows
+
+    @property
+    def length(self) -> int:
+        return self.prompts[0].length
+
+    def hook(self, change: Callable[[Prompted, Arguments], Arguments]) -> Callable[..., tuple[tuple[()], Arguments]]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments]:
+            arguments = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+            if arguments.get("cu_seq_lens_q") is not None:
+                message = "Several texts are packed into one row, and the prompt would only reach the first."
+                raise AdapterError("A prompt before packed texts", message, "Give each text a row of its own.")
+            return (), change(self, arguments)
+
+        return before
+
+    def tokens(self, rows: int) -> Tensor:
+        """The virtual tokens of each of these rows [rows, ...]; generation repeats rows for its beams."""
+        stack = torch.stack([prompt.tokens() for prompt in self.prompts])
+        which = torch.tensor(self.which, device=stack.device).repeat_interleave(rows // len(self.which))
+        return stack[which]
+
+    def longer_mask(self, arguments: Arguments, name: str = "attention_mask") -> Arguments:
+        """The attention mask [B, T] of this name as [B, length + T]."""
+        mask = arguments.get(name)
+        if mask is None:
+            return arguments
+        if not torch.is_tensor(mask) or mask.ndim != 2:
+            message = f"{name} is not a tensor [batch, tokens], to which a prompt can be added."
+            raise AdapterError("Unknown attention mask", message, "Use no static cache, and no masks of your own.")
+        return {**arguments, name: torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)}
+
+
+def is_fresh(arguments: Arguments) -> bool:
+    """Whether nothing has been read yet, so that the prompt is still to come."""
+    cache = arguments.get("past_key_values")
+    return cache is None or cache.get_seq_length() == 0
+
+
+def before_embeddings(prompted: Prompted, arguments: Arguments) -> Arguments:
+    """The arguments with virtual tokens before the input embeddings, and with what goes with each token.
+
+    Labels of tokens begin with -100, so that logits are [B, length + T, ...], as in PEFT.
+    """
+    length, arguments = prompted.length, prompted.longer_mask(arguments)
+    positions = arguments.get("position_ids")
+    if positions is not None:
+        arguments["position_ids"] = positions + length
+    if not is_fresh(arguments):
+        return arguments
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if embeds is None:
+        embeds = prompted.model.get_input_embeddings()(ids)
+    rows, count = embeds.shape[:2]
+    tokens = prompted.tokens(rows)[:, :length].to(embeds.dtype)
+    arguments |= {"input_ids": None, "inputs_embeds": torch.cat([tokens, embeds], dim=1)}
+
+    if positions is not None:
+        first = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
+        arguments["position_ids"] = torch.cat([first, arguments["position_ids"]], dim=-1)
+    if (types := arguments.get("token_type_ids")) is not None:
+        arguments["token_type_ids"] = torch.cat([types.new_zeros(len(types), length), types], dim=1)
+    labels = arguments.get("labels")
+    if labels is not None and labels.shape == (rows, count) and not labels.is_floating_point():
+        arguments["labels"] = torch.cat([labels.new_full((rows, length), -100), labels], dim=1)
+    for name in ("start_positions", "end_positions"):  # of the answer to a question, in tokens
+        if (answer := arguments.get(name)) is not None:
+            arguments[name] = answer + length
+    return arguments
