@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from nbtune.errors import AdapterError
 from nbtune.peft import PeftModel, get_peft_model
 from nbtune.peft.configs.ia3 import IA3Config
+from nbtune.peft.configs.beft import BeftConfig
+from nbtune.peft.configs.ln_tuning import LNTuningConfig
 from nbtune.peft.methods.ia3 import IA3
 
 
@@ -26,6 +30,88 @@ class TestIA3(MethodTests):
         ("t5", {"modules_to_save": ["lm_head"]}),
         ("bert", {"task_type": "SEQ_CLS"}),
     ]
+
+
+class TestLNTuning(MethodTests):
+    config, oracle = LNTuningConfig, peft.LNTuningConfig
+    learning_rate = 3e-2
+    cases = [
+        ("llama", {}),
+        ("llama", {"target_modules": r".*layernorm", "exclude_modules": ["layers.0.input_layernorm"]}),
+        ("gpt2", {}),
+        ("t5", {"modules_to_save": ["lm_head"]}),
+        ("bert", {"target_modules": ["LayerNorm"], "task_type": "SEQ_CLS"}),
+    ]
+
+    def test_two_active_adapters(self, make, case):
+        ours = self.two(make, case)
+        ours.set_adapter(["a", "b"])
+        with pytest.raises(AdapterError, match="2 active adapters replace one"):
+            outputs(ours, case[0])
+        with pytest.raises(AdapterError, match="Two adapters meet in"):
+            ours.merge_adapter()
+
+
+class TestLNTuningOfBlocks(TestLNTuning):
+    """Any module can be trained whole. PEFT cannot read its own files of those that have modules inside."""
+
+    cases = [("llama", {"target_modules": ["norm", "layers.1.mlp"]})]
+    test_saved_here_loads_in_peft = None
+    test_saved_in_peft_loads_here = None
+    test_ten_steps_give_the_losses_of_peft = None
+
+    def test_peft_loses_the_tensors_of_its_own_file(self, make, case, tmp_path):
+        theirs = peft.get_peft_model(make(case[0]), self.oracle(**case[1])).eval()
+        disturb(theirs, self.noise)
+        theirs.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(make(case[0]), tmp_path).eval()
+        assert (outputs(again, case[0]) - outputs(theirs, case[0])).abs().max() > self.change
+
+
+class TestBeft(MethodTests):
+    config, oracle = BeftConfig, peft.BeftConfig
+    noise = 0.2
+    learning_rate = 3e-2
+    cases = [
+        ("llama", {}),
+        ("llama", {"target_modules": r".*\.(q|down)_proj", "modules_to_save": ["lm_head"]}),
+        ("t5", {}),
+        ("bert", {"target_modules": ["value", "dense"], "task_type": "SEQ_CLS"}),
+    ]
+
+
+class TestBeftConv1D(MethodTests):
+    """PEFT has no BEFT on Conv1D: the invariants alone."""
+
+    config, oracle = BeftConfig, peft.BeftConfig
+    noise = 0.2
+    adds = False
+    cases = [("gpt2", {"target_modules": ["c_attn"]})]
+    test_saved_here_loads_in_peft = None
+    test_saved_in_peft_loads_here = None
+    test_the_config_file_says_what_peft_says = None
+    test_ten_steps_give_the_losses_of_peft = None
+
+    def test_peft_cannot(self, make, case):
+        with pytest.raises(TypeError, match="not supported"):
+            peft.get_peft_model(make(case[0]), self.oracle(**case[1]))
+
+
+def test_beft_merges_into_a_layer_without_a_bias(make, tmp_path):
+    ours = get_peft_model(make("llama"), BeftConfig())
+    disturb(ours, 0.2)
+    ours.save_pretrained(tmp_path)
+    expected = outputs(ours.eval(), "llama")
+    plain = ours.merge_and_unload()
+    assert plain.model.layers[0].self_attn.v_proj.bias.shape == (16,)
+    close(outputs(plain, "llama"), expected)
+    with pytest.raises(ValueError, match="no bias"):
+        peft.PeftModel.from_pretrained(make("llama"), tmp_path).merge_and_unload()
+
+
+def test_ln_tuning_refuses_a_module_inside_another(make):
+    with pytest.raises(AdapterError, match=r"layers.1.mlp.up_proj is part of model.layers.1.mlp"):
+        get_peft_model(make("llama"), LNTuningConfig(target_modules=["layers.1.mlp", "up_proj"]))
 
 
 class Net(nn.Module):
@@ -91,7 +177,10 @@ def test_ia3_vectors_combine_as_in_peft(make, tmp_path):
     theirs = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "a", "a")
     theirs.load_adapter(tmp_path / "b", "b")
     theirs.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.2], "c")
-    for path, layer in ((n, m) for n, m in theirs.named_modules() if isinstance(m, peft.tuners.ia3.IA3Layer)):
+    layers = {path: module for path, module in theirs.named_modules() if isinstance(module, peft.tuners.ia3.IA3Layer)}
+    assert len(layers) == 9
+    mine: list[Any] = []
+    for path, layer in layers.items():
         mine = [ours._adapters(name)[path.removeprefix("base_model.model.")] for name in ("a", "b")]
         torch.testing.assert_close(IA3.combined(mine, [0.7, -0.2], "linear").ia3_l, layer.ia3_l["c"])
     with pytest.raises(AdapterError, match="only summed"):

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (setting makes dataclass fields)
 """IA3's settings."""
 
 from __future__ import annotations
