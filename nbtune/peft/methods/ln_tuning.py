@@ -34,7 +34,10 @@ class LNTuning(SavedModule):
         return cls(copy.deepcopy(base))
 
     def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name.replace("module.", "ln_tuning_layers.", 1): tensor for name, tensor in state.items()}
+        # PEFT leaves its adapter's name in the names of modules that have modules inside.
+        names = {name: name.removeprefix("module.") for name in state}
+        inner = {name: f"default.{short}" if "." in short else short for name, short in names.items()}
+        return {f"ln_tuning_layers.{inner[name]}": tensor for name, tensor in state.items()}
 
     @classmethod
     def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
