@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbtune.errors import AdapterError
-from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from nbtune.peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from nbtune.peft.configs.boft import BOFTConfig
 from nbtune.peft.configs.hra import HRAConfig
 from nbtune.peft.configs.oft import OFTConfig
@@ -336,6 +336,22 @@ def test_convolutions(config, oracle, tmp_path):
         assert (theirs.base_model.model.conv(x) - merged).abs().max() > 0.01
     ours.merge_adapter()
     close(layer(x), expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_another_method_the_merged_layer_is_what_it_computes(config, first):
+    """Also with a trained bias, which a scale or a rotation of the output that comes later changes too."""
+    lora = LoraConfig(r=2, target_modules=["linear"], bias="lora_only")
+    configs = [config.replace(target_modules=["linear"]), lora]
+    ours = get_peft_model(net(Transposed), configs[1 - first], "a")
+    ours.add_adapter("b", configs[first])
+    ours.set_adapter(["a", "b"])
+    disturb(ours, 0.3)
+    layer, x = ours.get_base_model().linear, torch.randn(5, 8)
+    together = layer(x)
+    ours.merge_adapter()
+    close(layer(x), together)
 
 
 @pytest.mark.parametrize("config", [OFTConfig(oft_block_size=3), BOFTConfig(boft_block_size=3), HRAConfig()], ids=repr)
