@@ -81,7 +81,7 @@ def _read_model(
     source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     from nbtune._transformers import AutoModelForCausalLM
-    from nbtune.peft.quantised import keep_unpacked
+    from nbtune.peft.quantised import is_quantised, keep_unpacked
 
     quantised = spec.quantised_bytes is not None
     with clear_errors(source), _no_progress_bars():
@@ -96,12 +96,24 @@ def _read_model(
             trust_remote_code=spec.trust_remote_code,
         )
     if quantised:
-        for module in model.modules():
+        for path, module in model.named_modules():
+            if spec.load_in_4bit and device.type == "cpu" and is_quantised(module):
+                _check_rows(source, path, module.in_features)  # pyright: ignore[reportArgumentType] - a linear layer
             keep_unpacked(module)
     # An adapter saved from this model names its base by this; the cache folder would mean nothing elsewhere.
     model.config._name_or_path = source.origin
     model.name_or_path = source.origin
     return model
+
+
+def _check_rows(source: Source, path: str, in_features: int) -> None:
+    """On a CPU bitsandbytes 0.50 looks 4-bit scales up by row: wrong ones, even past the end, where blocks are cut."""
+    if in_features % 64:
+        raise ModelError(
+            f"The model {source.name} cannot be loaded in 4 bits on a CPU",
+            f"{path} has {in_features} inputs, no multiple of 64, which bitsandbytes computes wrongly on a CPU.",
+            "Set load_in_8bit, or load it in 16 bits.",
+        )
 
 
 def _quantisation(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -20,8 +20,9 @@ def quantise_4bit(
     """`weight` in its own precision, after quantising it to 4 bits (`nf4` or `fp4`) and back."""
     functional = bitsandbytes().functional
     settings = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": quant_type}
-    codes, state = functional.quantize_4bit(weight.float().contiguous(), **settings)
-    return functional.dequantize_4bit(codes, state).to(weight.dtype)
+    # Flat: bitsandbytes 0.50 on a CPU misplaces the scales of a matrix whose rows are no whole number of blocks.
+    codes, state = functional.quantize_4bit(weight.float().reshape(-1), **settings)
+    return functional.dequantize_4bit(codes, state).view(weight.shape).to(weight.dtype)
 
 
 def _quantise_8bit(weight: Tensor) -> Tensor:

@@ -53,10 +53,9 @@ def kind(module: Any) -> str:
 
 
 def dequantised(module: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [out, in] that a quantised layer holds, as floats.
-
-    By default in the precision that was quantised (4 bits), or fp32 (8 bits). Raises AdapterError for a layer whose
-    weight is still to be quantised.
+    """The weight [out, in] that a quantised layer computes with, as floats; also where bitsandbytes 0.50 errs, on a CPU
+    in 4 bits with rows that are no whole number of blocks. By default in the precision that was quantised (4 bits), or
+    fp32 (8 bits). Raises AdapterError for a layer whose weight is still to be quantised.
     """
     functional = bitsandbytes().functional
     if _is_4bit(module):
