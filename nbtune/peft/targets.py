@@ -2,6 +2,9 @@
 
     find_targets(model, LoraConfig(target_modules=["q_proj", "v_proj"]))   # ["model.layers.0.self_attn.q_proj", ...]
 
+Without target_modules they are those of PEFT's tables (`defaults.py`); for a model that these miss, or where they match
+nothing, what the method adapts in the blocks of the text model (`structure.py`).
+
 Works on the meta device too, so that a config can be checked before any weight is read.
 """
 
@@ -13,12 +16,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nbtune._transformers import Conv1D, PreTrainedModel
+from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.peft import structure
+from nbtune.peft.base import LINEARS
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, did_you_mean
+from nbtune.peft.configs.ia3 import IA3Config
+from nbtune.peft.configs.lora import LoraConfig
+from nbtune.peft.defaults import default_feedforward, default_targets
 from nbtune.peft.layer import AdapterLayer
 
-_LINEAR = (nn.Linear, Conv1D)
 # What PEFT trains in full for a task, where the model has it.
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -57,11 +64,11 @@ def find_targets(model: nn.Module, config: LayerConfig) -> list[str]:
     Raises AdapterError where there are none, and where a name in a list is no module's, with the nearest names.
     """
     places = walk(model)
-    config = resolve(model, config, places)
     for name, names in (("target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
         for entry in names if isinstance(names, list) else []:
             if entry not in _task_heads(config) and not any(_ends_with(path, [entry]) for path in places):
                 raise _no_match(name, entry, places)
+    config = resolve(model, config, places)
     paths = matching(config, places)
     for name, patterns in config.patterns.items():
         for pattern in patterns:
@@ -73,15 +80,21 @@ def find_targets(model: nn.Module, config: LayerConfig) -> list[str]:
 def resolve(model: nn.Module, config: LayerConfig, places: dict[str, Place] | None = None) -> LayerConfig:
     """The config with its targets in PEFT's words: None and all-linear become names, a task's head is added.
 
-    A resolved config means the same modules to `peft`, which has a table where nbtune looks at the structure.
+    A resolved config means the same modules to `peft`, also for a model that is not in its tables.
     """
     places = places if places is not None else walk(model)
     targets = config.target_modules
     if targets is None:
-        targets = _shortest_names(_in_blocks(places, config), places)
+        targets = _default_names(model, config, places)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _shortest_names(_all_linear(model, places, config), places)
-    return config.replace(target_modules=targets, modules_to_save=with_task_heads(config))
+        targets = shortest_names(_all_linear(model, places, config), places)
+    resolved = config.replace(target_modules=targets, modules_to_save=with_task_heads(config))
+    unwritten = {name: None for name in config.absent if vars(config)[name] is not None}
+    if unwritten:  # PEFT would pass over these settings of this method; the names say the same
+        resolved = resolved.replace(target_modules=shortest_names(matching(resolved, places), places), **unwritten)
+    if isinstance(resolved, IA3Config) and resolved.feedforward_modules is None:
+        return resolved.replace(feedforward_modules=_feedforward_names(model, resolved, places))
+    return resolved
 
 
 def with_task_heads(config: LayerConfig | PromptLearningConfig) -> list[str] | None:
@@ -94,7 +107,7 @@ def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
     """Those of the module paths that a resolved config adapts. Raises AdapterError where there are none."""
     places = list(places)
     found = [path for path in places if _is_target(path, config)]
-    if not found:
+    if not found and not _names_parameters(config):
         everywhere = config.replace(
             exclude_modules=None, layers_to_transform=None, layers_pattern=None, modules_to_save=None
         )
@@ -154,14 +167,67 @@ def _in_layers(path: str, config: LayerConfig) -> bool:
     return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _in_blocks(places: dict[str, Place], config: LayerConfig) -> list[str]:
-    """The linear layers inside the outermost lists of modules: the projections of a model's repeated blocks."""
-    lists = tuple(f"{path}." for path, place in places.items() if isinstance(place.module, nn.ModuleList))
-    found = [path for path, place in places.items() if isinstance(place.module, _LINEAR) and path.startswith(lists)]
-    if not found:
-        remedy = f"Name target_modules. Linear layers here: {_some(_linear_names(places))}."
-        raise AdapterError("No repeated blocks", f"{type(config).__name__} names no target_modules.", remedy)
-    return found
+def _default_names(model: nn.Module, config: LayerConfig, places: dict[str, Place]) -> list[str] | None:
+    """PEFT's default targets as far as the model has them, or else by structure; None where parameters are named."""
+    known = default_targets(config.peft_type, _model_type(model))
+    if isinstance(known, str):
+        known = shortest_names([path for path in places if re.fullmatch(known, path)], places)
+    names = [name for name in known or [] if any(_ends_with(path, [name]) for path in places)]
+    if names or _names_parameters(config):
+        return names or None
+    modules = {path: place.module for path, place in places.items()}
+    match config.peft_type:
+        case "IA3":
+            names = shortest_names(structure.keys_and_values(model, modules), places)
+            names += [
+                name for name in shortest_names(structure.last_of_mlp(model, modules), places) if name not in names
+            ]
+        case "LN_TUNING":
+            names = shortest_names(structure.norms(model, modules), places)
+        case "BEFT":
+            names = shortest_names(structure.values(model, modules), places)
+        case "TRAINABLE_TOKENS" if isinstance(model, PreTrainedModel):
+            names = shortest_names([_path_of(model.get_input_embeddings(), places)], places)
+        case _:
+            names = shortest_names(structure.projections(model, modules), places)
+    if not names:
+        message = f"{type(config).__name__} names no target_modules, and none are found in repeated blocks."
+        raise AdapterError(
+            "No targets", message, f"Name target_modules. Linear layers here: {_some(_linear_names(places))}."
+        )
+    return names
+
+
+def _feedforward_names(model: nn.Module, config: LayerConfig, places: dict[str, Place]) -> list[str] | str:
+    """IA3's feedforward modules: those of its targets that mean no other module, or else a regular expression."""
+    names = default_feedforward(_model_type(model))
+    if names is None:
+        modules = {path: place.module for path, place in places.items()}
+        names = shortest_names(structure.last_of_mlp(model, modules), places)
+    paths = matching(config, places)
+    of_feedforward = [path for path in paths if path.endswith(tuple(names))]  # PEFT compares the ends as text
+    if not of_feedforward:
+        return []
+    if isinstance(config.target_modules, list):
+        others = [path for path in paths if path not in of_feedforward]
+        targets = [name for name in config.target_modules if not any(_ends_with(path, [name]) for path in others)]
+        if all(_ends_with(path, targets) for path in of_feedforward):
+            return [name for name in targets if any(_ends_with(path, [name]) for path in of_feedforward)]
+    return f".*({'|'.join(map(re.escape, names))})"
+
+
+def _names_parameters(config: LayerConfig) -> bool:
+    """Whether a LoRA adapts parameters, such as fused experts, so that it need not adapt any module."""
+    return isinstance(config, LoraConfig) and bool(config.target_parameters)
+
+
+def _model_type(model: nn.Module) -> str:
+    return model.config.model_type if isinstance(model, PreTrainedModel) else ""
+
+
+def _path_of(module: nn.Module, places: dict[str, Place]) -> str:
+    base = module.base_layer if isinstance(module, AdapterLayer) else module
+    return next(path for path, place in places.items() if place.module is base)
 
 
 def _all_linear(model: nn.Module, places: dict[str, Place], config: LayerConfig) -> list[str]:
@@ -171,14 +237,14 @@ def _all_linear(model: nn.Module, places: dict[str, Place], config: LayerConfig)
         head = head.base_layer
     if isinstance(model, PreTrainedModel) and head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((places[name].module for name in ("score", "classifier") if name in places), None)
-    return [path for path, place in places.items() if isinstance(place.module, _LINEAR) and place.module is not head]
+    return [path for path, place in places.items() if isinstance(place.module, LINEARS) and place.module is not head]
 
 
 def _task_heads(config: PeftConfig) -> tuple[str, ...]:
     return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 
-def _shortest_names(paths: list[str], places: dict[str, Place]) -> list[str]:
+def shortest_names(paths: list[str], places: dict[str, Place]) -> list[str]:
     """The fewest endings of paths that mean these modules and no others, so that a config stays readable."""
     wanted = set(paths)
     taken = {ending for path in places if path not in wanted for ending in _endings(path)}
@@ -192,7 +258,7 @@ def _endings(path: str) -> list[str]:
 
 def _linear_names(places: dict[str, Place]) -> list[str]:
     return list(
-        dict.fromkeys(path.rpartition(".")[2] for path, place in places.items() if isinstance(place.module, _LINEAR))
+        dict.fromkeys(path.rpartition(".")[2] for path, place in places.items() if isinstance(place.module, LINEARS))
     )
 
 
