@@ -4,7 +4,7 @@ Every setting is one field with its metadata beside it. The wizard's form, the C
 parameters, the MLflow params and the reference table are all read from here (see `settings`), so a new setting is one
 new field and nothing else.
 
-    spec = RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=LoraConfig(r=16))
+    spec = RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method={"r": 16})
     spec.to_yaml("spec.yaml"); RunSpec.from_yaml("spec.yaml") == spec
 """
 
@@ -32,13 +32,16 @@ from pydantic import (
 )
 
 from nbtune.errors import SpecError
-from nbtune.peft.config import PeftConfig
+from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, config_class
 from nbtune.peft.configs.lora import LoraConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Row = dict[str, Any]
+
+# Methods that do not adapt a linear layer's weight: with no targets named they have those of PEFT.
+_OWN_TARGETS = (PeftType.IA3, PeftType.LN_TUNING, PeftType.BEFT, PeftType.TRAINABLE_TOKENS)
 
 
 def _field(
@@ -221,11 +224,14 @@ class TrackingSpec(_Part):
 
 
 class RunSpec(_Part):
-    """One run. A string, a dict or an object stands for a part: `RunSpec(model="...", data=rows, method="full")`."""
+    """One run. A string, a dict or an object stands for a part: `RunSpec(model="...", data=rows, method="full")`.
+
+    A method that is given by name, in a dict or not at all adapts all linear layers; a config object is taken as it is.
+    """
 
     model: ModelSpec = Field(default_factory=ModelSpec)
     data: DataSpec = Field(default_factory=DataSpec)
-    method: PeftConfig | Literal["full"] = Field(default_factory=LoraConfig)
+    method: PeftConfig | Literal["full"] = Field(default_factory=lambda: _method_of({}))
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
 
@@ -253,9 +259,9 @@ class RunSpec(_Part):
         if value == "full":
             return "full"
         if isinstance(value, str):
-            return PeftConfig.from_dict({"peft_type": value.upper()})
+            return _method_of({"peft_type": value})
         if isinstance(value, Mapping):
-            return PeftConfig.from_dict({"peft_type": "LORA", **value})
+            return _method_of(value)
         raise ValueError(f"method is {value!r}; give a config such as LoraConfig(r=16), its name, a dict, or 'full'")
 
     @field_serializer("method")
@@ -338,6 +344,7 @@ class Setting:
     label: str
     unit: str | None = None
     choices: tuple[Any, ...] | None = None
+    pattern: str | None = None  # a regular expression of values that are allowed beside the choices
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
@@ -390,12 +397,26 @@ def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        if field.name == "target_modules" and _adapts_linears(cls):
+            default = "all-linear"
         yield Setting(
             path=f"method.{field.name}",
             type=hints[field.name],
             default=default,
             **{"label": _label(field.name), **field.metadata},
         )
+
+
+def _method_of(values: Mapping[str, Any]) -> PeftConfig:
+    """The method that a run's settings mean: LoRA if none is named, on all linear layers if no targets are."""
+    values = {"peft_type": "LORA", **values}
+    if _adapts_linears(config_class(values["peft_type"])) and not values.get("target_parameters"):
+        values = {"target_modules": "all-linear", **values}
+    return PeftConfig.from_dict(values)
+
+
+def _adapts_linears(cls: type[PeftConfig]) -> bool:
+    return issubclass(cls, LayerConfig) and cls.peft_type not in _OWN_TARGETS
 
 
 def _wrong(error: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from nbtune.errors import NbtuneError, SpecError
-from nbtune.peft.config import LoraConfig
+from nbtune.peft.configs.ia3 import IA3Config
+from nbtune.peft.configs.lora import LoraConfig
 from nbtune.spec import RunSpec, settings
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
@@ -18,8 +19,12 @@ def test_a_string_or_a_dict_stands_for_a_part():
     spec = RunSpec(model="m", data="d.jsonl", method=LoraConfig(r=8), training={"max_steps": 8})
     assert (spec.model.name, spec.data.source, spec.method.r, spec.training.max_steps) == ("m", "d.jsonl", 8, 8)
     assert RunSpec(method="full").method == "full"
-    assert RunSpec(method="lora").method == LoraConfig()
-    assert RunSpec(method={"r": 3}).method == LoraConfig(r=3)
+    assert RunSpec().method == RunSpec(method="lora").method == LoraConfig(target_modules="all-linear")
+    assert RunSpec(method={"r": 3}).method == LoraConfig(r=3, target_modules="all-linear")
+    assert RunSpec(method={"r": 3, "target_modules": None}).method == LoraConfig(r=3)
+    method = RunSpec(method="ia3").method
+    assert isinstance(method, IA3Config)
+    assert method.target_modules is None  # keys, values and feedforward, as in PEFT
 
 
 @pytest.mark.parametrize("data", [ROWS, pd.DataFrame(ROWS), Dataset.from_list(ROWS)], ids=lambda d: type(d).__name__)

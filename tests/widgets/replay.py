@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbtune.peft.config import LoraConfig
+from nbtune.peft import LoraConfig
 from nbtune.spec import RunSpec
 
 

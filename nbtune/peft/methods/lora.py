@@ -54,6 +54,7 @@ class Lora(Adapter):
             self.register_buffer(name, None, persistent=False)
         self.scaling = scaling
         self.dropout = dropout
+        self.plain = type(self) is Lora  # nothing but A and B on a linear layer
 
     @classmethod
     def create(cls, base: Any, config: LoraConfig, path: str, shared: None) -> Self:
@@ -70,6 +71,7 @@ class Lora(Adapter):
         if init == "loftq":
             bits, iterations = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
             held, A, B = loftq(weight, bits, r, iterations)
+            B = B / scaling  # PEFT forgets it
             change = held - weight
         else:
             A, B = cls._first(weight, r, scaling, init)
@@ -81,6 +83,8 @@ class Lora(Adapter):
             adapter.lora_bias = nn.Parameter(zeros(base, len(B)))
         if config.use_dora:
             adapter.magnitude = nn.Parameter(cls._columns(adapter._norm(base), weight))
+        more = (adapter.start_A, adapter.base_change, adapter.lora_bias, adapter.magnitude)
+        adapter.plain = adapter.plain and all(part is None for part in more)
         return adapter
 
     @classmethod
@@ -111,8 +115,7 @@ class Lora(Adapter):
         A, B = self._parameters["lora_A"], self._parameters["lora_B"]
         assert A is not None
         assert B is not None
-        plain = type(self) is Lora and self._parameters["magnitude"] is None and self._buffers["start_A"] is None
-        if not plain or self._parameters["lora_bias"] is not None or self._buffers["base_change"] is not None:
+        if not self.plain:
             return self._forward(x, y, base)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
@@ -197,26 +200,33 @@ class Lora(Adapter):
 
     def batch_key(self) -> Hashable:
         """Ranks and scalings of plain LoRAs may differ: short ranks are filled up with zeros."""
-        parts = (self.lora_bias, self.magnitude, self.start_A, self.base_change)
-        if type(self) is not Lora or any(part is not None for part in parts):
-            return super().batch_key()
-        return (type(self), self.dropout if self.training else 0.0)
+        return (Lora, self.dropout if self.training else 0.0) if self.plain else super().batch_key()
 
     @classmethod
     def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """y_b + s_b B_b A_b x_b for every row b, in two batched products."""
-        first, rank = adapters[0], max(adapter.lora_A.shape[0] for adapter in adapters)
-        if len(first.batch_key()) != 2:  # type: ignore[arg-type]  # more than A and B
+        first = adapters[0]
+        if not first.plain:
             return super().forward_rows(adapters, group, x, y, base)
         if first.dropout and first.training:
             x = F.dropout(x, first.dropout)
-        A = torch.stack([_padded(adapter.lora_A, rank, 0) for adapter in adapters]).to(x.dtype)  # [adapters, r, in]
-        B = torch.stack([_padded(adapter.scaling * adapter.lora_B, rank, 1) for adapter in adapters]).to(y.dtype)
+        all_A: list[Any] = [adapter._parameters["lora_A"] for adapter in adapters]
+        all_B: list[Any] = [adapter._parameters["lora_B"] for adapter in adapters]
+        ranks = {len(A) for A in all_A}
+        if len(ranks) > 1:
+            all_A, all_B = [_padded(A, max(ranks), 0) for A in all_A], [_padded(B, max(ranks), 1) for B in all_B]
+        scaling = first.scaling
+        if any(adapter.scaling != scaling for adapter in adapters):
+            all_B, scaling = [adapter.scaling * B for adapter, B in zip(adapters, all_B, strict=True)], 1.0
+        A, B = torch.stack(all_A).to(x.dtype), torch.stack(all_B).to(y.dtype)  # [adapters, r, in], [adapters, out, r]
         if not group.in_order:
             A, B = A[group.index], B[group.index]
-        rows = len(group.which)
+        rows, width = len(group.which), y.shape[-1]
         hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)  # [rows, tokens, r]
-        return torch.baddbmm(y.reshape(rows, -1, y.shape[-1]), hidden, B.mT).view_as(y)
+        if torch.is_grad_enabled() or not y.is_contiguous():
+            return torch.baddbmm(y.reshape(rows, -1, width), hidden, B.mT, alpha=scaling).view_as(y)
+        y.view(rows, -1, width).baddbmm_(hidden, B.mT, alpha=scaling)
+        return y
 
     def low_rank(self) -> LowRank:
         """Its update as factors, for add_weighted_adapter. Raises AdapterError where it is more than s B A."""
