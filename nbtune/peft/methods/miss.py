@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import features, weight_of, zeros
+from nbtune.modules.base import features, weight_of, zeros
 from nbtune.peft.configs.miss import MissConfig
 from nbtune.peft.layer import Adapter
 
@@ -53,11 +53,14 @@ class Miss(Adapter):
             return super().forward(x, y, base)
         block = self.miss_block.to(x.dtype)
         r = block.shape[0]
-        x = F.pad(x, (0, -x.shape[-1] % r))
+        if x.shape[-1] % r:
+            x = F.pad(x, (0, -x.shape[-1] % r))
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         added = x.unflatten(-1, (-1, r)).sum(-2) @ block  # [..., out or mini_r]
-        return y + added.repeat(*[1] * (x.ndim - 1), y.shape[-1] // added.shape[-1]).to(y.dtype)
+        if added.shape[-1] < y.shape[-1]:
+            added = added.repeat(*[1] * (x.ndim - 1), y.shape[-1] // added.shape[-1])
+        return y + added.to(y.dtype)
 
     def delta_weight(self, base: nn.Module) -> Tensor:
         out_features, in_features = features(base)
