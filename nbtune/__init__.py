@@ -1,7 +1,7 @@
 """nbtune: fine-tune language models from a living notebook.
 
 import nbtune as nt
-run = nt.train(nt.RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method=nt.LoraConfig(r=16)))
+run = nt.train(nt.RunSpec(model="smollm2-135m-instruct", data="stdlib-docs", method={"r": 16}))
 run.watch()
 nt.arena("base", run)
 """

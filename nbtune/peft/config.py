@@ -202,7 +202,7 @@ class LayerConfig(PeftConfig):
     target_modules: list[str] | str | None = setting(
         None,
         help="Modules to adapt: names (endings of module paths), a regular expression over whole paths, or all-linear "
-        "(every linear layer but the output head). None: every linear layer in the repeated blocks.",
+        "(every linear layer but the output head). None: what PEFT adapts in such a model, or all of its blocks.",
         label="Target modules",
     )
     exclude_modules: list[str] | str | None = setting(
@@ -245,7 +245,8 @@ class LayerConfig(PeftConfig):
         if isinstance(self.exclude_modules, str):
             check_regex("exclude_modules", self.exclude_modules)
         for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+            is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+            if is_regex and getattr(self, name) is not None:
                 message = f"{name} is set, but target_modules is the text {self.target_modules!r}."
                 raise AdapterError(
                     f"{name} needs names", message, "Give target_modules as a list, or put the layers in the regex."

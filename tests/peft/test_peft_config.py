@@ -47,7 +47,7 @@ def test_a_config_survives_a_dict_json_and_a_run_spec():
     assert PeftConfig.from_dict(json.loads(config.to_json())) == config
     spec = RunSpec(method=config)
     assert RunSpec.from_dict(spec.to_dict()).method == config
-    assert RunSpec(method="lora").method == LoraConfig()
+    assert RunSpec(method="lora").method == LoraConfig(target_modules="all-linear")
 
 
 def test_repr_shows_what_was_chosen():
@@ -58,7 +58,15 @@ def test_every_choice_of_a_user_has_help():
     shown = {setting.name for setting in settings(LoraConfig) if setting.part == "method"}
     modules = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
     numbers = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
-    more = {"bias", "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "loftq_config", "eva_config"}
+    more = {
+        "bias",
+        "use_dora",
+        "lora_bias",
+        "target_parameters",
+        "trainable_token_indices",
+        "loftq_config",
+        "eva_config",
+    }
     assert shown == modules | numbers | more
 
 

@@ -87,6 +87,12 @@ def test_without_targets_blocks_can_still_be_chosen(base):
     assert found == ["model.layers.1.self_attn.q_proj"]
 
 
+def test_blocks_can_be_chosen_of_all_linear_layers(base):
+    found = find_targets(base, LoraConfig(target_modules="all-linear", layers_to_transform=[1]))  # refused by PEFT
+    assert len(found) == 7
+    assert all(path.startswith("model.layers.1.") for path in found)
+
+
 def test_targets_are_found_without_weights(base):
     with torch.device("meta"):
         empty = type(base)(base.config)

@@ -115,7 +115,7 @@ def test_full_training_has_no_modules_to_pick(wizard):
     assert wizard.spec.method == "full"
     assert wizard._modules.layout.display == "none"
     wizard.methods["LORA"].click()
-    assert wizard.spec.method == nt.LoraConfig()
+    assert wizard.spec.method == nt.LoraConfig(target_modules="all-linear")
 
 
 def test_the_data_step_shows_a_row_with_its_loss(wizard, tmp_path):
