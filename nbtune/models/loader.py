@@ -81,7 +81,7 @@ def _read_model(
     source: Source, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     from nbtune._transformers import AutoModelForCausalLM
-    from nbtune.peft.quantised import is_quantised, keep_unpacked
+    from nbtune.modules.quantised import is_quantised, keep_unpacked
 
     quantised = spec.quantised_bytes is not None
     with clear_errors(source), _no_progress_bars():
@@ -119,7 +119,7 @@ def _check_rows(source: Source, path: str, in_features: int) -> None:
 def _quantisation(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
     """The output head and the embedding stay as they are, by transformers' own choice."""
     from nbtune._transformers import BitsAndBytesConfig
-    from nbtune.peft.quantised import bitsandbytes
+    from nbtune.modules.quantised import bitsandbytes
 
     bitsandbytes()
     if spec.load_in_8bit:

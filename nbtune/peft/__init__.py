@@ -26,10 +26,21 @@ if TYPE_CHECKING:
     from nbtune.peft.status import get_layer_status, get_model_status
     from nbtune.peft.targets import find_targets
 
+_TASKS = (
+    "CausalLM",
+    "FeatureExtraction",
+    "QuestionAnswering",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+)
 _HOMES = {
     "Adapter": "layer",
     "AdapterLayer": "layer",
+    "AutoPeftModel": "tasks",
     "PeftModel": "model",
+    "PromptEncoderReparameterizationType": "configs.p_tuning",
+    "PromptTuningInit": "configs.prompt_tuning",
     "find_targets": "targets",
     "get_layer_status": "status",
     "get_model_status": "status",
@@ -41,6 +52,7 @@ _HOMES = {
     "prepare_model_for_kbit_training": "kbit",
     "replace_lora_weights_loftq": "calibration",
     "set_peft_model_state_dict": "model",
+    **{f"{kind}For{task}": "tasks" for kind in ("AutoPeftModel", "PeftModel") for task in _TASKS},
     **{method.config: f"configs.{method.module}" for method in METHODS.values()},
 }
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbtune.errors import AdapterError
-from nbtune.peft import inits, quantised
+from nbtune.modules import quantised
+from nbtune.modules.loftq import loftq_of_base
 from nbtune.peft.configs.lora import LoraConfig
+from nbtune.peft.eva import eva
 from nbtune.peft.inject import adapter_layers, attach
-from nbtune.peft.loftq import loftq_of_base
 from nbtune.peft.methods.lora import Lora
 from nbtune.peft.model import PeftModel
 
@@ -38,7 +39,7 @@ def initialize_lora_eva_weights(
     layers = {path: layer.base_layer for path, layer in adapter_layers(base) if path in lora}
     ranks = {path: len(adapter.lora_A) for path, adapter in lora.items()}
     with model.disable_adapter():
-        found = inits.eva(base, layers, dataloader, ranks, **{**options, **given})
+        found = eva(base, layers, dataloader, ranks, **{**options, **given})
     patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     new = {}
     for path, A in found.items():

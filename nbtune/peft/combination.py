@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import LINEARS, Conv1D
+from nbtune.modules.base import LINEARS, Conv1D
 from nbtune.peft.config import LayerConfig, PeftConfig
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.targets import shortest_names, walk
-from nbtune.peft.weighted import plan_combination
+from nbtune.kernels.low_rank import plan_combination
 
 
 def combined(

@@ -12,15 +12,16 @@ from typing import Any
 from torch import nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import LINEARS
+from nbtune.modules.base import LINEARS
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule, Several
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.methods.bias import Bias
 from nbtune.peft.methods.experts import LoraExperts
 from nbtune.peft.methods.lora import Lora
+from nbtune.peft.methods.trainable_tokens import TrainableTokens, token_adapters
 from nbtune.peft.prompt import SavedBesidePrompt
-from nbtune.peft.quantised import is_quantised
+from nbtune.modules.quantised import is_quantised
 from nbtune.peft.targets import Place, matching, saved_modules, walk
 
 
@@ -46,6 +47,7 @@ def build(model: nn.Module, config: PeftConfig, *, to_fill: bool = False) -> dic
         adapters = _layers(config, places)
         _add_parameters(adapters, config, places)
         _add_biases(adapters, config, places)
+        _add_tokens(model, adapters, config, places)
     _add_saved_modules(adapters, config, places)
     for adapter in adapters.values():
         adapter.requires_grad_(not config.inference_mode)
@@ -111,6 +113,12 @@ def _add_biases(adapters: dict[str, Adapter], config: LayerConfig, places: dict[
         _check_base(Bias, config, path, base)
         bias = Bias.create(base, config, path, path in adapters)
         adapters[path] = Several([adapters[path], bias]) if path in adapters else bias
+
+
+def _add_tokens(model: nn.Module, adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
+    for path, tokens in token_adapters(model, config, adapters, places).items():
+        there = adapters.get(path)
+        adapters[path] = tokens if there is None or isinstance(there, TrainableTokens) else Several([there, tokens])
 
 
 def _add_saved_modules(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nbtune._transformers import PreTrainedModel
-from nbtune.peft.quantised import is_quantised, keep_unpacked
+from nbtune.modules.quantised import is_quantised, keep_unpacked
 
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft import quantised
-from nbtune.peft.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
+from nbtune.modules import quantised
+from nbtune.modules.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
 from nbtune.peft.config import PeftConfig
 from nbtune.peft.rows import BASE, Group, Rows, stacked
 
@@ -434,6 +434,11 @@ class AdapterLayer(nn.Module):
             original.to(weights[1].dtype)
         self.base_layer = original
         self._original = ()
+
+    @property
+    def original(self) -> nn.Module:
+        """The base layer as it is without merged adapters."""
+        return self._original[0] if self._original else self.base_layer
 
     def keep_merged(self) -> None:
         """Make the merged layer the base layer for good."""

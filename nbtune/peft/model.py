@@ -27,9 +27,9 @@ from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.peft import checkpoint, combination, inject, prompt
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
-from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, Rows
+from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, Rows
 from nbtune.peft.methods import adapter_class
-from nbtune.peft.quantised import MergeReport
+from nbtune.modules.quantised import MergeReport
 from nbtune.peft.targets import find_targets, resolve
 
 
@@ -264,6 +264,7 @@ class PeftModel(nn.Module):
         except AdapterError:
             self.unmerge_adapter()
             raise
+        _tie_again(layers)
         self._state.update(merged=names)
         return [report for report in reports if report is not None]
 
@@ -529,6 +530,18 @@ def set_peft_model_state_dict(
     model._check_known([adapter_name])
     model._refuse_merged([adapter_name])
     return checkpoint.fill(model.get_base_model(), model._adapters(adapter_name), state_dict, strict)
+
+
+def _tie_again(layers: Sequence[AdapterLayer]) -> None:
+    """Layers that had one weight, and have equal ones after merging, share one again: trained tokens of a tied head."""
+    first: dict[Tensor, Any] = {}
+    for layer in layers:
+        weight = layer.original._parameters.get("weight")
+        if weight is None or layer.original is layer.base_layer:
+            continue
+        twin = first.setdefault(weight, layer.base_layer)
+        if twin is not layer.base_layer and torch.equal(layer.base_layer.weight, twin.weight):
+            layer.base_layer.weight = twin.weight
 
 
 def _untie_head(base: PreTrainedModel) -> None:

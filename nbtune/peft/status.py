@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from nbtune.peft import quantised
+from nbtune.modules import quantised
 from nbtune.peft.inject import adapter_layers
 from nbtune.peft.layer import Adapter, AdapterLayer
 from nbtune.peft.model import PeftModel

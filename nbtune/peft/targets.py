@@ -18,8 +18,8 @@ from torch import nn
 
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft import structure
-from nbtune.peft.base import LINEARS
+from nbtune.modules import structure
+from nbtune.modules.base import LINEARS
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, did_you_mean
 from nbtune.peft.configs.ia3 import IA3Config
 from nbtune.peft.configs.lora import LoraConfig

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbtune.errors import AdapterError
-from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, quantised, set_peft_model_state_dict
+from nbtune.modules import quantised
+from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from nbtune.peft.configs.boft import BOFTConfig
 from nbtune.peft.configs.delora import DeloraConfig
 from nbtune.peft.configs.hira import HiraConfig

@@ -10,7 +10,8 @@ from tiny_models import llama
 from torch import nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft import inits
+from nbtune.kernels import low_rank_inits as inits
+from nbtune.peft import eva as eva_module
 
 OUT, IN, R = 24, 40, 6
 
@@ -248,7 +249,7 @@ def test_eva_is_pefts(batches, rho):
     eva_config = peft.tuners.lora.EvaConfig(rho=rho, tau=tau)
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=eva_config)
     theirs = get_eva_state_dict(model, batches, config, show_progress_bar=False)
-    ours = inits.eva(model, layers, batches, dict.fromkeys(layers, 4), rho=rho, tau=tau)
+    ours = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 4), rho=rho, tau=tau)
     assert {path: len(A) for path, A in ours.items()} == {path: len(A) for path, A in theirs.items()}
     assert sum(len(A) for A in ours.values()) == 4 * len(layers) == 72
     for path, A in ours.items():
@@ -260,8 +261,8 @@ def test_eva_is_pefts(batches, rho):
 def test_eva_finds_the_principal_directions_of_the_inputs_that_count(batches):
     model = skewed()
     layers = targets(model)
-    ours = inits.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9999)
-    used = inits.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9999, use_label_mask=False)
+    ours = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9999)
+    used = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9999, use_label_mask=False)
     labelled = inputs_of(model, layers, batches, lambda batch: batch["labels"] != -100)
     unpadded = inputs_of(model, layers, batches, lambda batch: batch["attention_mask"].bool())
     for result, inputs in ((ours, labelled), (used, unpadded)):
@@ -277,7 +278,7 @@ def test_eva_finds_the_principal_directions_of_the_inputs_that_count(batches):
 def test_incremental_directions_equal_those_of_all_rows():
     scales = torch.tensor([1, 0.5, 0.25, 0.1] + [1e-3] * 16, dtype=torch.float64)
     x = (torch.randn(300, 20, dtype=torch.float64) * scales + torch.rand(20)).float()
-    directions = inits._InputDirections(4)
+    directions = eva_module._InputDirections(4)
     for rows in x.split([50, 120, 30, 100]):
         directions.update(rows, 0.99)
     centred = x.double() - x.double().mean(0)
@@ -294,7 +295,7 @@ def test_eva_leaves_the_model_as_it_was(batches):
     layers = targets(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    inits.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9)
+    eva_module.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, tau=0.9)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.lm_head.training
@@ -305,8 +306,8 @@ def test_eva_leaves_the_model_as_it_was(batches):
 def test_eva_whitens_each_layer_once(batches):
     model = skewed()
     layers = targets(model)
-    plain = inits.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0)
-    white = inits.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, whiten=True)
+    plain = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0)
+    white = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 2), rho=1.0, whiten=True)
     for path in layers:
         norms = white[path].norm(dim=1)
         close(white[path] / norms[:, None], plain[path], 1e-5)
@@ -319,7 +320,7 @@ def test_eva_whitens_each_layer_once(batches):
 def test_eva_keeps_to_the_width_of_a_layer(batches):
     model = skewed()
     layers = {path: layer for path, layer in targets(model).items() if path.endswith("layers.0.self_attn.q_proj")}
-    found = inits.eva(model, layers, batches, dict.fromkeys(layers, 32), rho=2.0, tau=0.0)
+    found = eva_module.eva(model, layers, batches, dict.fromkeys(layers, 32), rho=2.0, tau=0.0)
     assert {tuple(A.shape) for A in found.values()} == {(32, 32)}
 
 
@@ -328,15 +329,15 @@ def test_eva_refuses_what_cannot_settle(batches):
     layers = targets(model)
     ranks = dict.fromkeys(layers, 2)
     with pytest.raises(AdapterError, match="list"):
-        inits.eva(model, layers, [], ranks)
+        eva_module.eva(model, layers, [], ranks)
     with pytest.raises(AdapterError, match="rho"):
-        inits.eva(model, layers, batches, ranks, rho=0.5)
+        eva_module.eva(model, layers, batches, ranks, rho=0.5)
     short = [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]
     with pytest.raises(AdapterError, match="tokens that count"):
-        inits.eva(model, layers, short, ranks, rho=4.0, max_batches=5)
+        eva_module.eva(model, layers, short, ranks, rho=4.0, max_batches=5)
     unlabelled = [{**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}]
     with pytest.raises(AdapterError, match="no token"):
-        inits.eva(model, layers, unlabelled, ranks)
+        eva_module.eva(model, layers, unlabelled, ranks)
     with pytest.raises(AdapterError, match="no part"):
-        inits.eva(model, {"idle": nn.Linear(3, 3)}, batches, {"idle": 1})
+        eva_module.eva(model, {"idle": nn.Linear(3, 3)}, batches, {"idle": 1})
     assert not any(module._forward_pre_hooks for module in model.modules())

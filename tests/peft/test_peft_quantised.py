@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from nbtune.errors import AdapterError
-from nbtune.peft import quantised
+from nbtune.modules import quantised
 from nbtune.peft.kbit import prepare_model_for_kbit_training
-from nbtune.peft.loftq import loftq, loftq_of_base, quantise_4bit
+from nbtune.modules.loftq import loftq, loftq_of_base, quantise_4bit
 
 bnb = quantised.bitsandbytes()
 
@@ -183,7 +183,7 @@ def test_a_weight_that_is_still_float(made):
 
 def test_bitsandbytes_is_not_imported_for_nothing():
     program = (
-        "import sys, nbtune, nbtune.peft, nbtune.peft.model; from torch import nn; from nbtune.peft import quantised\n"
+        "import sys, nbtune, nbtune.peft, nbtune.peft.model; from torch import nn; from nbtune.modules import quantised\n"
         "print(quantised.is_quantised(nn.Linear(2, 2)), 'bitsandbytes' in sys.modules)\n"
         "quantised.bitsandbytes(); print('bitsandbytes' in sys.modules)"
     )

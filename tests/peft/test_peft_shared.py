@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, quantised
+from nbtune.modules import quantised
+from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from nbtune.peft.configs.loha import LoHaConfig
 from nbtune.peft.configs.lokr import LoKrConfig
 from nbtune.peft.configs.randlora import RandLoraConfig

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbtune.errors import AdapterError
-from nbtune.peft.weighted import (
+from nbtune.kernels.low_rank import (
     COMBINATION_TYPES,
     LowRank,
     combine,

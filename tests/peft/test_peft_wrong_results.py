@@ -17,7 +17,7 @@ from torch import nn
 
 import nbtune.peft
 from nbtune.peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from nbtune.peft.quantised import dequantised
+from nbtune.modules.quantised import dequantised
 
 # Every method that adapts layers, with settings that suit the tiny model's 64 features.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, compute_dtype
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, compute_dtype
 from nbtune.peft.layer import PREFIX, Adapter
 
 

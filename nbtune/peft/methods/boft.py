@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import CONVOLUTIONS, features, ones, zeros
+from nbtune.modules.base import CONVOLUTIONS, features, ones, zeros
 from nbtune.peft.configs.boft import BOFTConfig
 from nbtune.peft.methods.rotation import Rotation, cayley, dropped, inputs, turned_blocks
 

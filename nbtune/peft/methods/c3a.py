@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import empty, features
+from nbtune.modules.base import empty, features
 from nbtune.peft.configs.c3a import C3AConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern

@@ -14,7 +14,7 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.base import compute_dtype, empty, features, ones, weight_of, zeros
+from nbtune.modules.base import compute_dtype, empty, features, ones, weight_of, zeros
 from nbtune.peft.configs.delora import DeloraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern

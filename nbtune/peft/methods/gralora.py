@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import empty, features
+from nbtune.modules.base import empty, features
 from nbtune.peft.configs.gralora import GraloraConfig
 from nbtune.peft.layer import Adapter
 

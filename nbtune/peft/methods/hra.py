@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import empty
+from nbtune.modules.base import empty
 from nbtune.peft.configs.hra import HRAConfig
 from nbtune.peft.methods.rotation import Rotation, inputs
 

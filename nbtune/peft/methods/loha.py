@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from nbtune.peft.base import LINEARS
+from nbtune.modules.base import LINEARS
 from nbtune.peft.methods.lycoris import Lycoris, Shapes, effective_kernel, rebuilt
 
 

@@ -7,7 +7,7 @@ of the weight's rows:
 
     y = m / |W + s B A| (W + s B A) x
 
-An init that takes A and B out of W itself (PiSSA, OLoRA; see inits.py) subtracts its start: y = W x + s (B A - B0 A0) x.
+An init that takes A and B out of W itself (PiSSA, OLoRA) subtracts its start: y = W x + s (B A - B0 A0) x.
 PEFT puts the difference into the base weight; here the base stays what it is, for disabling and for other adapters.
 """
 
@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.peft import inits, quantised
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, apply_weight, weight_of, zeros
+from nbtune.kernels import low_rank_inits as inits
+from nbtune.kernels.low_rank import LowRank, combine
+from nbtune.modules import quantised
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, weight_of, zeros
+from nbtune.modules.loftq import loftq
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.loftq import loftq
 from nbtune.peft.rows import Group
 from nbtune.peft.targets import of_pattern
-from nbtune.peft.weighted import LowRank, combine
 
 
 class Lora(Adapter):
-    """One low-rank update of a linear layer. Parameters are in fp32 and are cast to the input's precision to compute."""
+    """One low-rank update of a linear layer. Parameters are fp32, cast to the input's precision to compute."""
 
     bases: ClassVar[tuple[type[nn.Module], ...]] = (*LINEARS, *CONVOLUTIONS, nn.Embedding)
     weighted: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features
 from nbtune.peft.configs.lycoris import LycorisConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, features, zeros
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, features, zeros
 from nbtune.peft.configs.oft import OFTConfig
 from nbtune.peft.methods.rotation import Rotation, cayley, dropped, inputs, nearest_divisor, turned_blocks
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nbtune._transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.peft.base import compute_dtype, empty
+from nbtune.modules.base import compute_dtype, empty
 from nbtune.peft.configs.prefix_tuning import PrefixTuningConfig
 from nbtune.peft.prompt import Arguments, Prompt, Prompted, is_fresh, text_config
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.base import empty, features, zeros
+from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.randlora import RandLoraConfig
 from nbtune.peft.layer import Adapter, Shared
 

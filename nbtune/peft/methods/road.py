@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import features, ones, zeros
+from nbtune.modules.base import features, ones, zeros
 from nbtune.peft.configs.road import RoadConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.methods.rotation import nearest_divisor

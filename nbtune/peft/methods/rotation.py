@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, apply_weight, compute_dtype, features, weight_of
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, compute_dtype, features, weight_of
 from nbtune.peft.layer import Adapter
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import empty, features, zeros
+from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.shira import ShiraConfig
 from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.base import features
+from nbtune.modules.base import features
 from nbtune.peft.layer import Adapter
 
 

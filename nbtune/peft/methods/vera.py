@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.base import empty, features, ones, zeros
+from nbtune.modules.base import empty, features, ones, zeros
 from nbtune.peft.configs.vera import VeraConfig
 from nbtune.peft.layer import Adapter, Shared
 

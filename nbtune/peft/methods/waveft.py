@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.peft.base import empty, features, zeros
+from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.waveft import WaveFTConfig
 from nbtune.peft.layer import Shared
 from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from nbtune._transformers import PreTrainedModel
-from nbtune.peft.base import CONVOLUTIONS, LINEARS, features
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, features
 
 Modules = Mapping[str, nn.Module]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nbtune.errors import AdapterError
-from nbtune.peft.quantised import bitsandbytes, dequantised
+from nbtune.modules.quantised import bitsandbytes, dequantised
 
 
 def quantise_4bit(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune._transformers import Conv1D
-from nbtune.peft import quantised
+from nbtune.modules import quantised
 
 LINEARS = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
