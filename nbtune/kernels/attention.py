@@ -7,6 +7,7 @@ the sum of their squares; a T x T block mask costs the square of their sum, 5 to
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,13 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment, in the form transformers calls.
 
     Args:
-        module: The attention module; only named in errors.
+        module: The attention module; its layer_idx says which layer's prefix to take.
         query: Queries [1, heads, T, head_dim]; `key` and `value` may have fewer heads (grouped-query attention).
         key: Keys [1, kv_heads, T, head_dim].
         value: Values [1, kv_heads, T, head_dim].
@@ -52,6 +54,8 @@ def packed_attention(
         softcap: Not computed here; refused.
         s_aux: Attention sinks; not computed here; refused.
         cu_seq_lens_q: Segment borders [segments + 1], int32, from 0 to T.
+        prefix: For each layer keys and values [1, kv_heads, P, head_dim] that stand before every segment: tokens of
+            all segments see them (prefix tuning).
 
     Returns:
         The outputs [1, T, heads, head_dim], and None for the weights.
@@ -69,9 +73,12 @@ def packed_attention(
     borders = cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     outputs = []
+    before = prefix[int(module.layer_idx)] if prefix is not None else None  # pyright: ignore[reportArgumentType]
     for start, end in itertools.pairwise(borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        mask = _window_mask(end - start, sliding_window, query.device)
+        if before is not None:
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+        mask = _mask(end - start, k.shape[2], sliding_window, query.device)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -80,10 +87,10 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of a sliding window [length, length], or None where the window covers the whole segment."""
-    if window is None or length <= window:
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The causal mask [queries, keys] of the last queries, or None where it is the plain one without a window."""
+    if queries == keys and (window is None or keys <= window):
         return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position[None, :]
+    return (distance >= 0) & (distance < (window or keys))

@@ -116,3 +116,36 @@ def randomized_svd(matrix: Tensor, q: int, niter: int) -> tuple[Tensor, Tensor, 
         Q = torch.linalg.qr(matrix @ Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     return Q @ U, S, Vh
+
+
+class InputDirections:
+    """The principal directions of a layer's inputs, batch after batch: incremental PCA, Ross et al. 2008."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rows = 0  # of input, so far
+        self.converged = torch.zeros(size, dtype=torch.bool)  # the last step turned the direction by no more than tau
+
+    def update(self, x: Tensor, tau: float) -> None:
+        """Take in x [rows, in], unless it has fewer rows than there are directions."""
+        if len(x) < min(self.size, x.shape[1]):
+            return
+        mean = x.float().mean(0)
+        stack = centred = x.float() - mean
+        variance = centred.square().sum()
+        if self.rows:
+            # The rows before stand in by their directions; the step from their mean to this one is a row of its own.
+            share = len(x) / (self.rows + len(x))
+            step = math.sqrt(self.rows * share) * (self.mean - mean)
+            stack = torch.cat([self.values[:, None] * self.directions, centred, step[None]])
+            variance = self.variance + variance + step.square().sum()
+            mean = self.mean.lerp(mean, share)
+        _, S, Vh = randomized_svd(stack, min(2 * self.size, *stack.shape), niter=4)
+        if self.rows:
+            self.converged = (torch.cosine_similarity(Vh[: self.size], self.directions).abs() >= tau).cpu()
+        self.mean, self.variance, self.rows = mean, variance, self.rows + len(x)
+        self.values, self.directions = S[: self.size], Vh[: self.size]  # [size], [size, in]
+
+    def explained(self) -> Tensor:
+        """The share of each direction in the variance of the inputs, [size]."""
+        return (self.values.square() / self.variance.clamp_min(1e-30)).cpu()

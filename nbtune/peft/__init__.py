@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from nbtune.peft.config import METHODS, LayerConfig, PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
+    from nbtune.modules.kbit import prepare_model_for_kbit_training
     from nbtune.peft.calibration import initialize_lora_eva_weights, replace_lora_weights_loftq
     from nbtune.peft.configs.lora import LoraConfig
     from nbtune.peft.hotswap import hotswap_adapter
-    from nbtune.peft.kbit import prepare_model_for_kbit_training
     from nbtune.peft.layer import Adapter, AdapterLayer
     from nbtune.peft.model import (
         PeftModel,
@@ -35,25 +35,25 @@ _TASKS = (
     "TokenClassification",
 )
 _HOMES = {
-    "Adapter": "layer",
-    "AdapterLayer": "layer",
-    "AutoPeftModel": "tasks",
-    "PeftModel": "model",
-    "PromptEncoderReparameterizationType": "configs.p_tuning",
-    "PromptTuningInit": "configs.prompt_tuning",
-    "find_targets": "targets",
-    "get_layer_status": "status",
-    "get_model_status": "status",
-    "get_peft_model": "model",
-    "get_peft_model_state_dict": "model",
-    "hotswap_adapter": "hotswap",
-    "initialize_lora_eva_weights": "calibration",
-    "inject_adapter_in_model": "model",
-    "prepare_model_for_kbit_training": "kbit",
-    "replace_lora_weights_loftq": "calibration",
-    "set_peft_model_state_dict": "model",
-    **{f"{kind}For{task}": "tasks" for kind in ("AutoPeftModel", "PeftModel") for task in _TASKS},
-    **{method.config: f"configs.{method.module}" for method in METHODS.values()},
+    "Adapter": ".layer",
+    "AdapterLayer": ".layer",
+    "AutoPeftModel": ".tasks",
+    "PeftModel": ".model",
+    "PromptEncoderReparameterizationType": ".configs.p_tuning",
+    "PromptTuningInit": ".configs.prompt_tuning",
+    "find_targets": ".targets",
+    "get_layer_status": ".status",
+    "get_model_status": ".status",
+    "get_peft_model": ".model",
+    "get_peft_model_state_dict": ".model",
+    "hotswap_adapter": ".hotswap",
+    "initialize_lora_eva_weights": ".calibration",
+    "inject_adapter_in_model": ".model",
+    "replace_lora_weights_loftq": ".calibration",
+    "prepare_model_for_kbit_training": "nbtune.modules.kbit",
+    "set_peft_model_state_dict": ".model",
+    **{f"{kind}For{task}": ".tasks" for kind in ("AutoPeftModel", "PeftModel") for task in _TASKS},
+    **{method.config: f".configs.{method.module}" for method in METHODS.values()},
 }
 
 __all__ = ["LayerConfig", "PeftConfig", "PeftType", "TaskType", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -62,4 +62,4 @@ __all__ = ["LayerConfig", "PeftConfig", "PeftType", "TaskType", *_HOMES]  # pyri
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, cycle, islice
@@ -12,40 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.kernels.low_rank_inits import randomized_svd
-
-
-class _InputDirections:
-    """The principal directions of a layer's inputs, batch after batch: incremental PCA, Ross et al. 2008."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.rows = 0  # of input, so far
-        self.converged = torch.zeros(size, dtype=torch.bool)  # the last step turned the direction by no more than tau
-
-    def update(self, x: Tensor, tau: float) -> None:
-        """Take in x [rows, in], unless it has fewer rows than there are directions."""
-        if len(x) < min(self.size, x.shape[1]):
-            return
-        mean = x.float().mean(0)
-        stack = centred = x.float() - mean
-        variance = centred.square().sum()
-        if self.rows:
-            # The rows before stand in by their directions; the step from their mean to this one is a row of its own.
-            share = len(x) / (self.rows + len(x))
-            step = math.sqrt(self.rows * share) * (self.mean - mean)
-            stack = torch.cat([self.values[:, None] * self.directions, centred, step[None]])
-            variance = self.variance + variance + step.square().sum()
-            mean = self.mean.lerp(mean, share)
-        _, S, Vh = randomized_svd(stack, min(2 * self.size, *stack.shape), niter=4)
-        if self.rows:
-            self.converged = (torch.cosine_similarity(Vh[: self.size], self.directions).abs() >= tau).cpu()
-        self.mean, self.variance, self.rows = mean, variance, self.rows + len(x)
-        self.values, self.directions = S[: self.size], Vh[: self.size]  # [size], [size, in]
-
-    def explained(self) -> Tensor:
-        """The share of each direction in the variance of the inputs, [size]."""
-        return (self.values.square() / self.variance.clamp_min(1e-30)).cpu()
+from nbtune.kernels.low_rank_inits import InputDirections
 
 
 @torch.no_grad()
@@ -83,7 +49,7 @@ def eva(
         sizes: dict[str, int] = dict.fromkeys(leader.values(), 1)
         for path, first in leader.items():
             sizes[first] = max(sizes[first], round(ranks[path] * rho))
-        seen = {first: _InputDirections(size) for first, size in sizes.items()}
+        seen = {first: InputDirections(size) for first, size in sizes.items()}
         kept = {path: sizes[first] for path, first in leader.items()}
         for batch in islice(chain([start], feed), max_batches):
             turning = {path: layers[path] for path in seen if not seen[path].converged[: kept[path]].all()}
@@ -155,7 +121,7 @@ def _observe(
             handle.remove()
 
 
-def _shared_out(seen: Mapping[str, _InputDirections], leader: Mapping[str, str], budget: int) -> dict[str, int]:
+def _shared_out(seen: Mapping[str, InputDirections], leader: Mapping[str, str], budget: int) -> dict[str, int]:
     """The rank of each layer when the best `budget` directions of all layers are kept."""
     paths = [*seen, *(path for path in leader if path not in seen)]  # a leader comes first, and so has most
     shares = [seen[leader[path]].explained() for path in paths]

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.modules.quantised import MergeReport
 from nbtune.peft import checkpoint, combination, inject, prompt
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, Rows
 from nbtune.peft.methods import adapter_class
-from nbtune.modules.quantised import MergeReport
 from nbtune.peft.targets import find_targets, resolve
 
 

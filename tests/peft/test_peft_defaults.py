@@ -8,7 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.ia3.model import IA3Model
 from peft.utils import constants
 
-from nbtune.peft.defaults import default_feedforward, default_targets
+from nbtune.modules.defaults import default_feedforward, default_targets
 
 METHODS = (
     "LORA ADALORA IA3 LN_TUNING BEFT OFT BOFT HRA LOHA LOKR VERA RANDLORA FOURIERFT WAVEFT C3A VBLORA SHIRA HIRA MISS "

@@ -278,7 +278,7 @@ def test_eva_finds_the_principal_directions_of_the_inputs_that_count(batches):
 def test_incremental_directions_equal_those_of_all_rows():
     scales = torch.tensor([1, 0.5, 0.25, 0.1] + [1e-3] * 16, dtype=torch.float64)
     x = (torch.randn(300, 20, dtype=torch.float64) * scales + torch.rand(20)).float()
-    directions = eva_module._InputDirections(4)
+    directions = inits.InputDirections(4)
     for rows in x.split([50, 120, 30, 100]):
         directions.update(rows, 0.99)
     centred = x.double() - x.double().mean(0)

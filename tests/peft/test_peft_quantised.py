@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
-from nbtune.peft.kbit import prepare_model_for_kbit_training
+from nbtune.modules.kbit import prepare_model_for_kbit_training
 from nbtune.modules.loftq import loftq, loftq_of_base, quantise_4bit
 
 bnb = quantised.bitsandbytes()
