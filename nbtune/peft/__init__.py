@@ -1,3 +1,4 @@
+# ruff: noqa: F401, PLE0604  (imports for type checkers; __all__ is made of the table below)
 """The adapter engine. Names and files are PEFT's: change `from peft import` to `from nbtune.peft import` and go on.
 
 Configs import no torch; everything is imported when it is first used.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.peft.config import PromptLearningConfig, invalid
-from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, SavedModule
+from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.targets import with_task_heads
 
@@ -62,6 +62,23 @@ class Prompt(Adapter):
             model.get_encoder(): before_embeddings,
             model.get_decoder(): lambda prompted, arguments: prompted.longer_mask(arguments, decoder_mask),
         }
+
+    @classmethod
+    def packed(cls, prompted: Prompted, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
+        """What the function `packed` gives with such a prompt."""
+        length, lengths = prompted.length, arguments["cu_seq_lens_q"].diff().tolist()
+        ids, positions = arguments["input_ids"], arguments["position_ids"]
+        embeds = prompted.model.get_input_embeddings()(ids)
+        tokens = prompted.tokens(1)[:, :length].to(embeds.dtype)
+        first = torch.arange(length, device=ids.device)[None]
+        places = _before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
+        borders = torch.tensor([0, *lengths], dtype=torch.int32)
+        borders[1:] += length
+        changes = {"position_ids": _before_each(first, positions + length, lengths)}
+        changes |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cumsum(0, dtype=torch.int32))
+        changes |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths) + length)
+        changes |= {"input_ids": None, "inputs_embeds": _before_each(tokens, embeds, lengths)}
+        return {**arguments, **changes}, places
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return y
@@ -122,11 +139,13 @@ def resolve(model: nn.Module, config: PromptLearningConfig) -> PromptLearningCon
     kind = adapter_class(config)
     assert issubclass(kind, Prompt)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    facts = kind.facts(model)
+    facts: dict[str, Any] = kind.facts(model)
     if given["token_dim"] not in (None, facts["token_dim"]):
         raise invalid("token_dim", given["token_dim"], f"is {facts['token_dim']} in this model; leave it out")
     seq2seq = config.task_type == "SEQ_2_SEQ_LM" or (config.task_type is None and model.config.is_encoder_decoder)
     facts["num_transformer_submodules"] = 2 if seq2seq else 1
+    if given.get("prompt_tuning_init") == "TEXT":
+        facts["tokenizer_name_or_path"] = model.name_or_path
     if "encoder_hidden_size" in given:
         facts["encoder_hidden_size"] = facts["token_dim"]
     missing = {name: value for name, value in facts.items() if given[name] is None}
@@ -141,15 +160,41 @@ def text_config(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def prompted(model: nn.Module, state: ActiveAdapters) -> Iterator[None]:
-    """Inside, calls of the base model begin with the active prompt, if there is one.
+    """Inside, calls of the base model begin with the active prompt, if there is one. Raises what `_active` does."""
+    with ExitStack() as stack:
+        if (active := _active(model, state)) is not None:
+            for module, change in active.prompts[0].hooked(active.model).items():
+                hook = module.register_forward_pre_hook(active.hook(change), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def packed(model: PreTrainedModel, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
+    """A decoder's arguments for a packed row in which every segment begins with the active prompt, if there is one.
+
+    The arguments are input_ids and position_ids [1, T], and the segments as transformers passes them to an attention
+    (kernels.attention, which also takes the keys and values of a prefix). Of the result, T tokens are those of the row,
+    at the places that are returned too; the others are virtual.
+    """
+    embedding = model.get_input_embeddings()
+    active = _active(model, embedding.state) if isinstance(embedding, AdapterLayer) else None
+    return (arguments, slice(None)) if active is None else active.prompts[0].packed(active, arguments)
+
+
+def _before_each(first: Tensor, row: Tensor, lengths: Sequence[int]) -> Tensor:
+    """For first [1, n, ...] and the segments s1, s2, ... of row [1, T, ...]: first, s1, first, s2, ..."""
+    return torch.cat([part for segment in row.split(lengths, dim=1) for part in (first, segment)], dim=1)
+
+
+def _active(model: nn.Module, state: ActiveAdapters) -> Prompted | None:
+    """The prompts of the next call.
 
     Raises AdapterError for more than one, and for rows with and without a prompt or with prompts of other lengths.
     """
     rows = state.applied if state.rows is None else state.rows.names
     names = [name for name in rows if name != BASE and isinstance(state.configs[name], PromptLearningConfig)]
     if not names:
-        yield
-        return
+        return None
     assert isinstance(model, PreTrainedModel)
     if len(names) > 1 and state.rows is None:
         message = f"{', '.join(names)} are active, and each is a prompt of its own."
@@ -161,12 +206,7 @@ def prompted(model: nn.Module, state: ActiveAdapters) -> Iterator[None]:
     if state.rows is not None and (len(names) < len(rows) or len(kinds) > 1):
         message = "Rows of one batch need prompts of one length and one place (input embeddings or keys and values)."
         raise AdapterError("Rows with different prompts", message, "Put such rows into batches of their own.")
-    active = Prompted(model, prompts, [distinct.index(name) for name in names])
-    with ExitStack() as stack:
-        for module, change in prompts[0].hooked(model).items():
-            hook = module.register_forward_pre_hook(active.hook(change), with_kwargs=True)
-            stack.callback(hook.remove)
-        yield
+    return Prompted(model, prompts, [distinct.index(name) for name in names])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nbtune.peft.configs.prefix_tuning import PrefixTuningConfig
 from nbtune.peft.prompt import Arguments, Prompt, Prompted, is_fresh, text_config
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_OTHER_KEYS = ("kv_lora_rank", "num_kv_shared_layers")  # settings of models whose layers do not each have their own
 
 
 class PrefixTuning(Prompt):
@@ -55,7 +56,7 @@ class PrefixTuning(Prompt):
         config = text_config(model)
         values = config.to_dict()
         foreign = set(values.get("layer_types") or ()) - _ATTENTION
-        if foreign or values.get("kv_lora_rank") or not any(map(_takes_cache, (model, model.base_model))):
+        if foreign or any(map(values.get, _OTHER_KEYS)) or not any(map(_takes_cache, (model, model.base_model))):
             message = f"{type(model).__name__} does not attend to plain keys and values in every layer."
             raise AdapterError("No place for a prefix", message, "Use PROMPT_TUNING, or a method that adapts layers.")
         heads = values.get("num_key_value_heads") or config.num_attention_heads
@@ -68,6 +69,13 @@ class PrefixTuning(Prompt):
             message = "Gradient checkpointing runs each layer without the keys and values of the prefix."
             raise AdapterError("Not with gradient checkpointing", message, "Switch it off, or use PROMPT_TUNING.")
         return {model if _takes_cache(model) else model.base_model: before_keys}
+
+    @classmethod
+    def packed(cls, prompted: Prompted, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
+        prefix: Any = prompted.prompts[0]
+        pairs = prefix.keys_and_values(prompted.tokens(1).to(prompted.model.dtype))
+        positions = arguments["position_ids"] + prompted.length
+        return {**arguments, "position_ids": positions, "prefix": pairs}, slice(None)
 
     def keys_and_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For P [B, n, layers * 2 * token_dim], of each layer [B, heads, n, head_dim] twice."""
