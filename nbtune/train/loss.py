@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import ModelError
 from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
+from nbtune.peft.prompt import packed
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
 SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
@@ -62,15 +63,23 @@ class CausalLMLoss(nn.Module):
         return head_cross_entropy(head, hidden, labels, vocabulary=self.vocabulary, **options)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
-        return self.model.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **_segments(cu_seq_lens, max_length)
-        ).last_hidden_state  # [1, T, D]
+        arguments, places = self._arguments(input_ids, position_ids, cu_seq_lens, max_length)
+        return self.model.get_decoder()(**arguments).last_hidden_state[:, places]  # [1, T, D]
+
+    def _arguments(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int
+    ) -> tuple[dict[str, Any], Tensor | slice]:
+        """The decoder's, with the virtual tokens of a prompt that is trained; and the places of the row's tokens."""
+        segments = _segments(cu_seq_lens, max_length)
+        return packed(
+            self.model, {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **segments}
+        )
 
     @torch.no_grad()
     def verify(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> None:
         """Raise ModelError where this model's logits are not what the loss above assumes."""
-        segments = {"position_ids": position_ids, **_segments(cu_seq_lens, max_length)}
-        theirs = self.model(input_ids=input_ids, use_cache=False, **segments).logits.float()
+        arguments, places = self._arguments(input_ids, position_ids, cu_seq_lens, max_length)
+        theirs = self.model(**arguments).logits[:, places].float()
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
         head = self.model.get_output_embeddings()
         assert head is not None

@@ -79,3 +79,24 @@ def test_packed_logits_equal_those_of_each_example_alone(config):
         ids, position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None], cu_seq_lens_q=borders(), use_cache=False
     ).logits
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4, 17])
+def test_a_prefix_stands_before_every_segment(window):
+    query, key, value = heads(6, 32), heads(2, 32), heads(3, 32)[:, :2]
+    module = nn.Module()
+    module.layer_idx = 1
+    first_key, first_value = heads(2, 3).detach(), heads(5, 3)[:, :2]
+    prefix = [(torch.zeros(0), torch.zeros(0)), (first_key, first_value)]
+    ours, _ = packed_attention(
+        module, query, key, value, None, sliding_window=window, cu_seq_lens_q=borders(), prefix=prefix
+    )
+    # The same by giving each segment three more queries, and dropping what these see.
+    parts = [tensor.split(LENGTHS, dim=2) for tensor in (query, key, value)]
+    longer = [
+        torch.cat([part for segment in segments for part in (first, segment)], dim=2)
+        for segments, first in zip(parts, (query[:, :, :3], first_key, first_value), strict=True)
+    ]
+    theirs = dense(*longer, [length + 3 for length in LENGTHS], window)
+    theirs = torch.cat([part[:, 3:] for part in theirs.split([length + 3 for length in LENGTHS], dim=1)], dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

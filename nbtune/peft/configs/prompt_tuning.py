@@ -30,7 +30,9 @@ class PromptTuningConfig(PromptLearningConfig):
         choices=("RANDOM", "SAMPLE_VOCAB", "TEXT"),
     )
     prompt_tuning_init_text: str | None = setting(None, help="The text, for TEXT; repeated or cut to the length.")
-    tokenizer_name_or_path: str | None = setting(None, help="The tokenizer of the text, for TEXT.", advanced=True)
+    tokenizer_name_or_path: str | None = setting(
+        None, help="The tokenizer of the text, for TEXT. None: that of the model.", advanced=True
+    )
     tokenizer_kwargs: dict[str, Any] | None = setting(
         None, help="Arguments of AutoTokenizer.from_pretrained, for TEXT.", advanced=True
     )
@@ -38,8 +40,8 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         text = self.prompt_tuning_init == PromptTuningInit.TEXT
-        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
-            if text and not getattr(self, name):
-                raise invalid(name, getattr(self, name), "must be given where prompt_tuning_init is TEXT")
+        if text and not self.prompt_tuning_init_text:
+            message = "must be given where prompt_tuning_init is TEXT"
+            raise invalid("prompt_tuning_init_text", self.prompt_tuning_init_text, message)
         if self.tokenizer_kwargs and not text:
             raise invalid("tokenizer_kwargs", self.tokenizer_kwargs, "is only for prompt_tuning_init TEXT")
