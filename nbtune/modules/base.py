@@ -7,6 +7,7 @@ quantised; [vocabulary, dim] for an embedding; [out, in / groups, *kernel] for a
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune._transformers import Conv1D
+from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 
 LINEARS = (nn.Linear, Conv1D)
@@ -29,6 +31,22 @@ def features(base: Any) -> tuple[int, int]:
     if isinstance(base, Conv1D):
         return base.weight.shape[1], base.weight.shape[0]
     return base.out_features, base.in_features
+
+
+def refuse_groups(base: Any, path: str) -> None:
+    """Raise AdapterError for a convolution in groups, whose weight is not one matrix of all inputs."""
+    if isinstance(base, CONVOLUTIONS) and base.groups > 1:
+        message = f"{path} is a convolution in {base.groups} groups; this method adapts only those with one."
+        raise AdapterError("A convolution in groups", message, "Name it in exclude_modules.")
+
+
+def require_divisor(base: Any, path: str, setting: str, size: int) -> None:
+    """Raise AdapterError for blocks of a size, or in a number, that does not divide the layer's inputs and outputs."""
+    out_features, in_features = features(base)
+    if out_features % size or in_features % size:
+        message = f"{path} is {out_features} x {in_features}; {setting} {size} does not divide both."
+        divisor = f"a divisor of {math.gcd(out_features, in_features)}"
+        raise AdapterError("Blocks do not fit", message, f"Set {setting} to {divisor}, or leave the layer out.")
 
 
 def weight_of(base: Any) -> Tensor:

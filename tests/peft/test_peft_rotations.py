@@ -21,8 +21,6 @@ from nbtune.peft.configs.road import RoadConfig
 from nbtune.peft.methods.boft import BOFT
 from nbtune.peft.methods.hra import HRA
 from nbtune.peft.methods.oft import OFT
-from nbtune.peft.methods.road import Road
-from nbtune.peft.methods.rotation import dropped
 
 
 class Net(nn.Module):
@@ -214,54 +212,6 @@ def test_rotations_are_orthogonal(config):
     assert (R - one).abs().max() > 0.01
 
 
-def test_hra_is_the_product_of_its_reflections():
-    adapter = HRA.create(nn.Linear(9, 4, dtype=torch.float64), HRAConfig(r=5, init_weights=False), "linear", None)
-    H = torch.eye(9, dtype=torch.float64)
-    for u in (adapter.hra_u / adapter.hra_u.norm(dim=0)).T:
-        H = H @ (torch.eye(9, dtype=torch.float64) - 2 * torch.outer(u, u))
-    torch.testing.assert_close(adapter.turned(torch.eye(9, dtype=torch.float64)), H.T, atol=1e-12, rtol=0)
-
-
-def test_the_butterfly_mixes_all_inputs():
-    """With m factors each input reaches b 2^(m - 1) others; block-diagonal rotations reach b."""
-    for factors, reach in ((1, 2), (2, 4), (3, 8), (4, 16)):
-        config = BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=factors, init_weights=False)
-        adapter = BOFT.create(nn.Linear(16, 4, dtype=torch.float64), config, "linear", None)
-        touched = adapter.turned(torch.eye(16, dtype=torch.float64)).abs() > 1e-12
-        assert (touched.sum(1) == reach).all()
-
-
-@pytest.mark.parametrize("terms", range(2, 9))
-def test_the_series_is_that_of_peft(terms):
-    adapter = OFT.create(
-        nn.Linear(8, 4), OFTConfig(oft_block_size=4, num_cayley_neumann_terms=terms, init_weights=False), "linear", None
-    )
-    theirs = peft.tuners.oft.layer.OFTRotationModule(2, 6, 4, 8, num_cayley_neumann_terms=terms)
-    theirs.weight.data = adapter.oft_R.data
-    torch.testing.assert_close(adapter.turned(torch.eye(8)), theirs.get_weight(), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
-def test_road_is_a_rotation_of_pairs(variant):
-    adapter = Road.create(
-        nn.Linear(4, 8, dtype=torch.float64),
-        RoadConfig(group_size=4, variant=variant, init_weights=False),
-        "linear",
-        None,
-    )
-    R = adapter.turned(torch.eye(8, dtype=torch.float64)).T
-    pairs = torch.tensor([[0, 2], [1, 3], [4, 6], [5, 7]])
-    inside = torch.zeros(8, 8, dtype=torch.bool)
-    for pair in pairs:
-        inside[pair[:, None], pair] = True
-    assert (R[~inside] == 0).all()
-    if variant == "road_1":
-        for number, pair in enumerate(pairs):
-            angle, scale = adapter.road_theta[number], adapter.road_alpha[number]
-            block = scale * torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
-            torch.testing.assert_close(R[pair[:, None], pair], block)
-
-
 # --- where PEFT is wrong ---
 
 
@@ -295,15 +245,6 @@ def test_dropout_leaves_blocks_unrotated_in_training_only(p):
     assert (adapter.eval().before(x) != x).all()
     merged = adapter.merged_weight(torch.ones(4, 32), nn.Linear(32, 4))
     assert torch.equal(adapter.train().merged_weight(torch.ones(4, 32), nn.Linear(32, 4)), merged)
-
-
-def test_dropout_takes_the_blocks_that_peft_takes():
-    blocks = torch.randn(3, 8, 4, 4)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        expected = peft.tuners.boft.layer.MultiplicativeDropoutLayer(0.4).train()(blocks)
-        torch.manual_seed(seed)
-        assert torch.equal(dropped(blocks, 0.4), expected)
 
 
 @pytest.mark.usefixtures("kernel")

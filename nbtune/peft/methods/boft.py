@@ -14,9 +14,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.rotations import butterfly, cayley, dropped_blocks
 from nbtune.modules.base import CONVOLUTIONS, features, ones, zeros
 from nbtune.peft.configs.boft import BOFTConfig
-from nbtune.peft.methods.rotation import Rotation, cayley, dropped, inputs, turned_blocks
+from nbtune.peft.methods.rotation import Rotation, inputs
 
 
 class BOFT(Rotation):
@@ -30,7 +31,7 @@ class BOFT(Rotation):
 
     @classmethod
     def create(cls, base: nn.Module, config: BOFTConfig, path: str, shared: None) -> Self:
-        out_features, width = features(base)[0], inputs(base, path, "BOFT")
+        out_features, width = features(base)[0], inputs(base, path)
         size = _block_size(config, width, path)
         boft_R = zeros(base, config.boft_n_butterfly_factor, width // size, size, size)
         boft_s = ones(base, *((1, out_features) if isinstance(base, CONVOLUTIONS) else (out_features, 1)))
@@ -42,17 +43,8 @@ class BOFT(Rotation):
     def turned(self, x: Tensor, *, transposed: bool = False, drop: bool = False) -> Tensor:
         blocks = cayley(0.5 * (self.boft_R - self.boft_R.mT))
         if drop and self.dropout:
-            blocks = dropped(blocks, self.dropout)
-        half = blocks.shape[-1] // 2
-        factors = list(enumerate(blocks.mT if transposed else blocks))
-        for number, factor in factors if transposed else reversed(factors):
-            if number == 0:
-                x = turned_blocks(x, factor)
-                continue
-            x = x.unflatten(-1, (-1, 2, 2**number, half)).transpose(-3, -2).flatten(-4)
-            x = turned_blocks(x, factor)
-            x = x.unflatten(-1, (-1, 2**number, 2, half)).transpose(-3, -2).flatten(-4)
-        return x
+            blocks = dropped_blocks(blocks, self.dropout)
+        return butterfly(x, blocks, transposed=transposed)
 
     def turned_weight(self, weight: Tensor, *, drop: bool = False) -> Tensor:
         """Return s W R^T."""

@@ -3,9 +3,7 @@ arXiv:2405.17484.
 
     y = W H_1 ... H_r x        H_i = I - 2 u_i u_i^T, with unit vectors u_i [in]
 
-The product of the reflections is I - U T U^T with U [in, r] and an upper triangular T [r, r], T^-1 having the upper
-triangle of U^T U and 1/2 on its diagonal (Joffrain et al. 2006): no matrix [in, in] is formed. With Gram-Schmidt the
-u_i are orthogonal, and T is 2 I.
+No matrix [in, in] is formed. With Gram-Schmidt the u_i are orthogonal.
 """
 
 from __future__ import annotations
@@ -14,10 +12,10 @@ import math
 import warnings
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.rotations import reflected
 from nbtune.modules.base import empty
 from nbtune.peft.configs.hra import HRAConfig
 from nbtune.peft.methods.rotation import Rotation, inputs
@@ -33,7 +31,7 @@ class HRA(Rotation):
 
     @classmethod
     def create(cls, base: nn.Module, config: HRAConfig, path: str, shared: None) -> Self:
-        width = inputs(base, path, "HRA")
+        width = inputs(base, path)
         if config.apply_GS and config.r > width:
             message = f"r={config.r}, but no more than {width} vectors are orthogonal in the {width} inputs of {path}."
             raise AdapterError("The rank does not fit", message, f"Set r to {width} or less, or apply_GS to False.")
@@ -47,12 +45,4 @@ class HRA(Rotation):
 
     def turned(self, x: Tensor, *, transposed: bool = False, drop: bool = False) -> Tensor:
         """Return x H_r ... H_1, or transposed x H_1 ... H_r, for x [..., in]."""
-        if self.orthogonal:
-            U = torch.linalg.qr(self.hra_u).Q
-            right = 2 * U.mT  # T U^T [r, in]
-        else:
-            U = self.hra_u / self.hra_u.norm(dim=0)
-            inner = (U.mT @ U).triu(1) + 0.5 * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-            right = torch.linalg.solve_triangular(inner if transposed else inner.mT, U.mT, upper=transposed)
-        exact = x.to(U.dtype)
-        return (exact - exact @ U @ right).to(x.dtype)
+        return reflected(x, self.hra_u, transposed=transposed, orthogonal=self.orthogonal)

@@ -17,9 +17,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from nbtune.kernels.rotations import cayley, cayley_series, dropped_blocks, rotated_blocks, skew_symmetric
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, features, zeros
 from nbtune.peft.configs.oft import OFTConfig
-from nbtune.peft.methods.rotation import Rotation, cayley, dropped, inputs, nearest_divisor, turned_blocks
+from nbtune.peft.methods.rotation import Rotation, inputs, nearest_divisor
 
 
 class OFT(Rotation):
@@ -38,7 +39,7 @@ class OFT(Rotation):
 
     @classmethod
     def create(cls, base: nn.Module, config: OFTConfig, path: str, shared: None) -> Self:
-        width = features(base)[0] if isinstance(base, nn.Embedding) else inputs(base, path, "OFT")
+        width = features(base)[0] if isinstance(base, nn.Embedding) else inputs(base, path)
         name = "r" if config.r else "oft_block_size"
         wanted = config.r or config.oft_block_size
         fitting = nearest_divisor(width, wanted)
@@ -58,11 +59,12 @@ class OFT(Rotation):
         return {name: state["oft_R"]}
 
     def turned(self, x: Tensor, *, transposed: bool = False, drop: bool = False) -> Tensor:
-        blocks = self.blocks()
+        Q = skew_symmetric(self._constrained(), self.size)
+        blocks = cayley_series(Q, self.terms) if self.terms else cayley(Q)  # [in / b or 1, b, b]
         if drop and self.dropout and len(blocks) > 1:
-            blocks = dropped(blocks[None], self.dropout)[0]
+            blocks = dropped_blocks(blocks[None], self.dropout)[0]
         blocks = blocks.mT if transposed else blocks
-        return turned_blocks(x, blocks.expand(self.width // self.size, -1, -1))
+        return rotated_blocks(x, blocks.expand(self.width // self.size, -1, -1))
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return self.turned(y, drop=self.training) if self.of_embedding else super().forward(x, y, base)
@@ -70,15 +72,6 @@ class OFT(Rotation):
     def turned_weight(self, weight: Tensor, *, drop: bool = False) -> Tensor:
         """Return W R^T, or W R of an embedding."""
         return self.turned(weight, drop=drop) if self.of_embedding else super().turned_weight(weight, drop=drop)
-
-    def blocks(self) -> Tensor:
-        """The rotations [in / b or 1, b, b]."""
-        entries, size = self._constrained(), self.size
-        row, column = torch.triu_indices(size, size, 1, device=entries.device)
-        above = entries.new_zeros(len(entries), size * size)
-        above = above.scatter(1, (row * size + column).expand_as(entries), entries).unflatten(1, (size, size))
-        Q = above - above.mT
-        return _series(Q, self.terms) if self.terms else cayley(Q)
 
     def _constrained(self) -> Tensor:
         """The entries above the diagonal of Q; of COFT with |Q| at most eps / sqrt(blocks), which training keeps to."""
@@ -91,15 +84,3 @@ class OFT(Rotation):
             if self.training:
                 entries.copy_(inside)
         return entries + (inside - entries).detach()
-
-
-def _series(Q: Tensor, terms: int) -> Tensor:
-    """I + 2 Q + ... + 2 Q^(n - 2) + Q^(n - 1) for Q [..., b, b] and n terms; three terms are four, as in PEFT."""
-    total = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
-    power = Q
-    if terms > 2:
-        for _ in range(2, max(terms - 1, 3)):
-            power = power @ Q
-            total = total + 2 * power
-        total = total + power @ Q
-    return total

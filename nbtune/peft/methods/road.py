@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.rotations import rotated_pairs
 from nbtune.modules.base import features, ones, zeros
 from nbtune.peft.configs.road import RoadConfig
 from nbtune.peft.layer import Adapter
@@ -26,11 +26,10 @@ from nbtune.peft.methods.rotation import nearest_divisor
 class Road(Adapter):
     """Rotations of pairs of outputs: the output with its bias, so that merging changes the bias too."""
 
-    def __init__(self, road_theta: Tensor, road_alpha: Tensor, variant: str, group: int) -> None:
+    def __init__(self, road_theta: Tensor, road_alpha: Tensor, group: int) -> None:
         super().__init__()
         self.road_theta = nn.Parameter(road_theta)  # angles [out / 2], [out] or [2 out]
         self.road_alpha = nn.Parameter(road_alpha)  # scales, as many
-        self.variant = variant
         self.group = group
 
     @classmethod
@@ -46,11 +45,11 @@ class Road(Adapter):
         if not config.init_weights:
             nn.init.normal_(theta, std=0.5)
             nn.init.normal_(alpha, mean=1.0, std=0.5)
-        return cls(theta, alpha, config.variant, config.group_size)
+        return cls(theta, alpha, config.group_size)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return R y for y [..., out]."""
-        return self.turned(y).to(y.dtype)
+        return self.turned(y)
 
     def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
         return self.turned(weight.mT).mT
@@ -59,22 +58,5 @@ class Road(Adapter):
         return None if bias is None else self.turned(bias)
 
     def turned(self, y: Tensor) -> Tensor:
-        """Return R y for y [..., out], in the adapter's precision."""
-        along, across = self._coefficients()
-        parts = y.to(along.dtype).unflatten(-1, along.shape)  # [..., groups, 2, group / 2]
-        first, second = parts.unbind(-2)
-        return (along * parts + across * torch.stack([-second, first], dim=-2)).flatten(-3)
-
-    def _coefficients(self) -> tuple[Tensor, Tensor]:
-        """What an output and its partner are multiplied by, both [groups, 2 or 1, group / 2]."""
-        half = self.group // 2
-        if self.variant == "road_1":
-            theta, alpha = (
-                entries.view(-1, 1, half).expand(-1, 2, -1) for entries in (self.road_theta, self.road_alpha)
-            )
-            return alpha * theta.cos(), alpha * theta.sin()
-        if self.variant == "road_2":
-            theta, alpha = (entries.view(-1, 2, half) for entries in (self.road_theta, self.road_alpha))
-            return alpha * theta.cos(), alpha * theta.sin()
-        theta, alpha = (entries.view(-1, 2, 2, half) for entries in (self.road_theta, self.road_alpha))
-        return alpha[:, 0] * theta[:, 0].cos(), alpha[:, 1] * theta[:, 1].sin()
+        """Return R y for y [..., out], in y's precision."""
+        return rotated_pairs(y, self.road_theta, self.road_alpha, self.group)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from nbtune.errors import AdapterError
-from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, compute_dtype, features, weight_of
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, compute_dtype, features, refuse_groups, weight_of
 from nbtune.peft.layer import Adapter
 
 
@@ -50,36 +48,10 @@ class Rotation(Adapter):
         return weight + self.delta_weight(base) if isinstance(base, CONVOLUTIONS) else self.turned_weight(weight)
 
 
-def inputs(base: Any, path: str, method: str) -> int:
+def inputs(base: Any, path: str) -> int:
     """The size of what is rotated. Raises AdapterError for a convolution in groups."""
-    if not isinstance(base, CONVOLUTIONS):
-        return features(base)[1]
-    if base.groups > 1:
-        message = f"{path} is a convolution in {base.groups} groups; {method} rotates all channels together."
-        raise AdapterError("A convolution in groups", message, "Name it in exclude_modules.")
-    return base.weight[0].numel()
-
-
-def turned_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Return x R for x [..., in] and the blocks [in / b, b, b] on the diagonal of R."""
-    parts = x.to(blocks.dtype).unflatten(-1, blocks.shape[:2])
-    return torch.einsum("...nk,nkc->...nc", parts, blocks).flatten(-2).to(x.dtype)
-
-
-def cayley(Q: Tensor) -> Tensor:
-    """Return the rotations (I - Q)(I + Q)^-1 for skew-symmetric Q [..., b, b]."""
-    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(one + Q, one - Q, left=False)
-
-
-def dropped(blocks: Tensor, p: float) -> Tensor:
-    """Blocks [factors, n, b, b] with a share p of those of one factor, drawn at random, replaced by the identity."""
-    factors, n, size, _ = blocks.shape
-    # Drawn as PEFT draws, and on the CPU, so that a seed means the same blocks there, here, and on every device.
-    factor = torch.arange(factors) == (torch.randint(0, factors, (1,)) if factors > 1 else 0)
-    out = factor[:, None] & (torch.randperm(n) < int(p * n))
-    one = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
-    return torch.where(out.to(blocks.device)[..., None, None], one, blocks)
+    refuse_groups(base, path)
+    return base.weight[0].numel() if isinstance(base, CONVOLUTIONS) else features(base)[1]
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
