@@ -122,6 +122,11 @@ class Adapter(_Stored):
         """What a method that is `scheduled` does after optimiser step `step` (from 0), gradients still in place."""
         raise NotImplementedError
 
+    @classmethod
+    def stored_config(cls, adapters: Mapping[str, Adapter], config: Any) -> Any:
+        """The config for the file, given all adapters of one name by path; training may have changed it."""
+        return config
+
     def file_prefix(self, path: str) -> str:
         """What stands before its tensors' names in a file."""
         return f"{PREFIX}{path}."

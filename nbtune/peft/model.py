@@ -55,6 +55,8 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
 class _Base(nn.Module):
     """Holds the base model as `.model`, so that paths read `base_model.model.<path>` as they do in PEFT."""
 
+    update_and_allocate: Callable[[int], None]  # where AdaLoRA's users of PEFT call it
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -71,6 +73,7 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = _Base(model)
+        self.base_model.update_and_allocate = self.update_and_allocate
         self._state = next((layer.state for _, layer in inject.adapter_layers(model)), None) or ActiveAdapters()
         self.training = model.training
 
@@ -393,6 +396,7 @@ class PeftModel(nn.Module):
         base = type(self.get_base_model())
         for name, values in tensors.items():
             config = self.peft_config[name].replace(inference_mode=True)
+            config = adapter_class(config).stored_config(self._adapters(name), config)
             if config.task_type is None:  # what PEFT's AutoPeftModel goes by
                 mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
                 config = config.replace(auto_mapping=mapping)
