@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from grid import MethodTests, close, disturb, losses, outputs
-from peft.tuners.waveft.wavelet import Wavelet
 from torch import nn
 
 from nbtune.errors import AdapterError
@@ -14,7 +13,6 @@ from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, se
 from nbtune.peft.configs.fourierft import FourierFTConfig
 from nbtune.peft.configs.shira import ShiraConfig
 from nbtune.peft.configs.waveft import WAVELETS, WaveFTConfig
-from nbtune.peft.methods.waveft import scaling_filter
 
 
 class TestFourierFT(MethodTests):
@@ -135,18 +133,6 @@ def test_the_entries_of_shira_are_those_of_peft_and_in_its_order(seed):
     stored = get_peft_model_state_dict(ours)["base_model.model.0.shira_indices"]
     assert torch.equal(stored, theirs.base_model.model[0].shira_indices["default"])
     assert stored.dtype is torch.int32
-
-
-@pytest.mark.parametrize("wavelet", WAVELETS)
-def test_the_filters_are_those_of_peft(wavelet):
-    close(torch.tensor(scaling_filter(wavelet)), torch.tensor(Wavelet(wavelet).rec_lo, dtype=torch.float64), atol=1e-11)
-
-
-@pytest.mark.parametrize("wavelet", [name for name in WAVELETS if name != "coif4"])
-def test_the_filters_are_orthonormal(wavelet):
-    taps = torch.tensor(scaling_filter(wavelet))
-    for shift in range(0, len(taps), 2):
-        assert abs((taps[shift:] @ taps[: len(taps) - shift]).item() - (shift == 0)) < 1e-10
 
 
 def test_the_inverse_wavelet_transform_keeps_lengths():
