@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
+from nbtune.kernels import low_rank_inits as inits
+from nbtune.kernels.experts import experts_forward
+from nbtune.kernels.low_rank import LowRank
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Replacement
 from nbtune.peft.rows import Group
@@ -58,15 +60,10 @@ class LoraExperts(Replacement):
             weight = base.get_parameter(name)
             r = of_pattern(config.rank_pattern, f"{path}.{name}", config.r)
             alpha = of_pattern(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)
-            experts, *sizes = weight.shape
-            in_size, out_size = sizes if adapter.transposed else reversed(sizes)
-            dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-            A = torch.empty(experts * r, in_size, dtype=dtype, device=weight.device)
-            B = torch.zeros(out_size, r * experts, dtype=dtype, device=weight.device)
+            experts = len(weight)
+            A, B = inits.default(weight[0].mT if adapter.transposed else weight[0], experts * r)
             if config.init_lora_weights == "gaussian":
                 nn.init.normal_(A, std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             if config.init_lora_weights is False:
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
             adapter.lora_A[name], adapter.lora_B[name] = map(nn.Parameter, _by_expert(A, B, experts))
@@ -76,12 +73,15 @@ class LoraExperts(Replacement):
     @classmethod
     def forward_several(cls, adapters: Sequence[Self], base: nn.Module, x: Tensor, *args: Any) -> Tensor:
         """The experts' output [tokens, hidden] for x [tokens, hidden], with all these adapters active."""
-        return experts_forward(base, adapters, None, x, *args)
+        return experts_forward(base, [adapter.factors() for adapter in adapters], None, x, *args)
 
     @classmethod
     def forward_each(cls, adapters: Sequence[Self], group: Group, base: nn.Module, x: Tensor, *args: Any) -> Tensor:
         """The same, token t with `adapters[group.which[t]]`, or with none where that is -1."""
-        return experts_forward(base, adapters, group.index, x, *args)
+        return experts_forward(base, [adapter.factors() for adapter in adapters], group.index, x, *args)
+
+    def factors(self) -> dict[str, LowRank]:
+        return {name: LowRank(self.lora_A[name], self.lora_B[name], s) for name, s in self.scaling.items()}
 
     @torch.no_grad()
     def merged_module(self, module: nn.Module) -> nn.Module:
@@ -166,72 +166,3 @@ def _check(base: nn.Module, config: LoraConfig, path: str, parameters: Sequence[
     for name in refused:
         message = f"{name} is {vars(config)[name]!r}, which the experts in {path} cannot have."
         raise AdapterError(f"{name} does not go with target_parameters", message, f"Leave {name} at its default.")
-
-
-def _ends(expert: Tensor, experts: int) -> Tensor:
-    """For the experts [S] of some rows, ascending: the row after each expert's last, [E]."""
-    return torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True).int()
-
-
-def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The rows x [S, in], in the order of their experts, times their expert's part of weight [E, in, out]: [S, out]."""
-    # torch's kernel takes no fp64 and wants all rows to be multiples of 16 bytes.
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    modern = x.is_cpu or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
-    if aligned and modern and x.dtype is not torch.float64:
-        return F.grouped_mm(x, weight, offs=ends)
-    parts = zip(x.split(ends.diff(prepend=ends.new_zeros(1)).tolist()), weight.unbind(), strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts if len(rows)] or [x @ weight[0]])
-
-
-def experts_forward(
-    base: Any, adapters: Sequence[LoraExperts], which: Tensor | None, x: Tensor, *routing: Tensor
-) -> Tensor:
-    """The output [T, hidden] of an experts module for x [T, hidden], with the sum of the adapters' updates.
-
-    `routing` is top_k_index [T, k], the experts of each token, and top_k_weights [T, k]. Without it (Llama 4) x is
-    weighted already, and holds the tokens once for each expert. With `which` [T] token t gets the update of
-    `adapters[which[t]]` only, or none where that is -1.
-    """
-    experts = len(base.down_proj)
-    if routing:
-        top_k_index, top_k_weights = routing
-    else:
-        top_k_index = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts)[:, None]
-        top_k_weights = x.new_ones(top_k_index.shape)
-        # The layer took x for the tokens of one row after the other; they are that only within one expert.
-        which = None if which is None else which[::experts].repeat(experts)
-    expert, order = top_k_index.flatten().sort(stable=True)  # [T*k]: pairs of a token and an expert, by expert
-    token = order // top_k_index.shape[1]
-    ends = _ends(expert, experts)
-    updates: list[tuple[LoraExperts, Any, Tensor]] = [(adapter, None, ends) for adapter in adapters]
-    if which is not None:
-        parts = [(which[token] == number).nonzero().squeeze(1) for number in range(len(adapters))]
-        updates = [(adapters[number], rows, _ends(expert[rows], experts)) for number, rows in enumerate(parts)]
-
-    def project(name: str, x: Tensor) -> Tensor:
-        weight = base._parameters[name]
-        x = x.to(weight.dtype)
-        y = _product(x, weight if not routing or base.is_transposed else weight.mT, ends)
-        if routing and base.has_bias:
-            y += base._parameters[f"{name}_bias"][expert]
-        for adapter, rows, own_ends in (update for update in updates if name in update[0].scaling):
-            A, B = adapter.lora_A[name].to(x.dtype), adapter.lora_B[name].to(x.dtype)
-            # PEFT, and so the file, takes Llama 4's weights [E, in, out] for [E, out, in].
-            first, second = (A.mT, B.mT) if routing else (B, A)  # [E, in, r], [E, r, out]
-            hidden = _product(x if rows is None else x[rows], first, own_ends) * adapter.scaling[name]
-            change = _product(hidden, second, own_ends)
-            y = y.add_(change) if rows is None else y.index_add_(0, rows, change)
-        return y
-
-    y = project("gate_up_proj" if not routing or base.has_gate else "up_proj", x[token])
-    if routing:
-        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-    else:
-        y = base.act_fn(y.chunk(2, dim=-1)[0]) * y.chunk(2, dim=-1)[1]
-    y = project("down_proj", y)
-    if routing and base.has_post_expert_norm:
-        y = base.post_expert_norm(y)
-    y = y * top_k_weights.flatten()[order, None]
-    # Put back in order and summed, since index_add adds in any order on a GPU.
-    return y[order.argsort()].unflatten(0, top_k_index.shape).sum(1).to(x.dtype)
