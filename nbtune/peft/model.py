@@ -27,7 +27,7 @@ from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.modules.quantised import MergeReport
 from nbtune.peft import checkpoint, combination, inject, prompt
-from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, adapter_folder, did_you_mean
+from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, adapter_folder, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, Rows
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.targets import find_targets, resolve
@@ -40,11 +40,18 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     is replaced by a new one. Adapters of other names stay, unmerged and switched off. Raises AdapterError where the
     config does not fit the model, which then has the adapters that it had.
     """
-    adapted = model if isinstance(model, PeftModel) else PeftModel(model)
+    adapted = model if isinstance(model, PeftModel) else _class_for(PeftModel, peft_config)(model)
     adapted.unmerge_adapter()
     adapted._add(adapter_name, peft_config, replace=True)
     adapted.set_adapter(adapter_name)
     return adapted
+
+
+def _class_for(kind: type[PeftModel], config: PeftConfig) -> type[PeftModel]:
+    """The class of the config's task, in the place of PeftModel itself."""
+    from nbtune.peft.tasks import MODELS  # which are PeftModels, so their module imports this one
+
+    return MODELS[TaskType(config.task_type)] if kind is PeftModel and config.task_type else kind
 
 
 def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -55,7 +62,6 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
 class _Base(nn.Module):
     """Holds the base model as `.model`, so that paths read `base_model.model.<path>` as they do in PEFT."""
 
-    update_and_allocate: Callable[[int], None]  # where AdaLoRA's users of PEFT call it
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -63,6 +69,10 @@ class _Base(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PeftModel's, where AdaLoRA's users of PEFT call it."""
+        PeftModel(self.model).update_and_allocate(global_step)
 
 
 class PeftModel(nn.Module):
@@ -73,7 +83,6 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = _Base(model)
-        self.base_model.update_and_allocate = self.update_and_allocate
         self._state = next((layer.state for _, layer in inject.adapter_layers(model)), None) or ActiveAdapters()
         self.training = model.training
 
@@ -336,7 +345,8 @@ class PeftModel(nn.Module):
         `train()` then warns. Raises AdapterError where the files do not fit the model exactly; `strict=False` loads
         what fits.
         """
-        adapted = cls(model.get_base_model() if isinstance(model, PeftModel) else model)
+        kind = _class_for(cls, PeftConfig.from_pretrained(adapter_folder(model_id, revision)))
+        adapted = kind(model.get_base_model() if isinstance(model, PeftModel) else model)
         adapted.load_adapter(model_id, adapter_name, is_trainable, revision=revision, strict=strict)
         adapted.set_adapter(adapter_name)
         return adapted.eval() if not is_trainable else adapted
@@ -451,7 +461,8 @@ class PeftModel(nn.Module):
         self._refuse_merged(self._state.merged)
         rows = self._state.rows = Rows(names)
         # Gradient checkpointing runs blocks again in the backward pass, when these rows are over.
-        checkpointed = [m for m in self.get_base_model().modules() if vars(m).get("gradient_checkpointing", False)]
+        modules = self.get_base_model().modules() if self.training and torch.is_grad_enabled() else ()
+        checkpointed = [module for module in modules if vars(module).get("gradient_checkpointing", False)]
         originals = [module._gradient_checkpointing_func for module in checkpointed]
         for module, original in zip(checkpointed, originals, strict=True):
             module._gradient_checkpointing_func = self._remembering(rows, original)  # type: ignore[assignment]

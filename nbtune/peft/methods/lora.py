@@ -213,7 +213,7 @@ class Lora(Adapter):
             x = F.dropout(x, first.dropout)
         all_A: list[Any] = [adapter._parameters["lora_A"] for adapter in adapters]
         all_B: list[Any] = [adapter._parameters["lora_B"] for adapter in adapters]
-        ranks = {len(A) for A in all_A}
+        ranks = {A.shape[0] for A in all_A}
         if len(ranks) > 1:
             all_A, all_B = [_padded(A, max(ranks), 0) for A in all_A], [_padded(B, max(ranks), 1) for B in all_B]
         scaling = first.scaling
