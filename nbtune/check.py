@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from nbtune.errors import AdapterError, NbtuneError, RunError
+from nbtune.peft.config import LayerConfig
 from nbtune.plan import format_bytes, plan
 from nbtune.spec import RunSpec
 
@@ -111,18 +112,19 @@ def _model(spec: RunSpec) -> Iterator[Problem]:
         yield _problem(error, "model.name")
         return
 
-    context = info.context_length
-    if context is not None and spec.training.max_length > context:
+    context, prompt = info.context_length, spec.virtual_tokens
+    if context is not None and spec.training.max_length + prompt > context:
+        before = f", and {prompt} virtual tokens come before each example" if prompt else ""
         yield Problem(
             f"max_length is longer than the model's context of {context} tokens",
-            f"training.max_length is {spec.training.max_length}.",
-            f"Set max_length to {context} or less.",
+            f"training.max_length is {spec.training.max_length}{before}.",
+            f"Set max_length to {context - prompt} or less.",
             setting="training.max_length",
         )
     try:
         planned = plan(spec)
     except AdapterError as error:
-        yield _problem(error, "method.target_modules")
+        yield _problem(error, "method.target_modules" if isinstance(spec.method, LayerConfig) else None)
         return
     needed, available = planned.peak_bytes, planned.available_bytes
     if needed > available:

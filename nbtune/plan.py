@@ -58,7 +58,7 @@ def plan(spec: RunSpec) -> Plan:
     weight_bytes = 4 if full and spec.model.dtype == "auto" else compute.itemsize
 
     training = spec.training
-    tokens = training.per_device_train_batch_size * training.max_length
+    tokens = training.per_device_train_batch_size * (training.max_length + spec.virtual_tokens)
     parts = {
         "base weights": info.weight_bytes(weight_bytes, spec.model.quantised_bytes),
         "adapter": 0 if full else trained * 4,
@@ -84,10 +84,9 @@ def plan(spec: RunSpec) -> Plan:
 def _trained_parameters(spec: RunSpec, info: ModelInfo) -> int:
     if spec.method == "full":
         return info.parameters
-    from nbtune.models import skeleton
-    from nbtune.peft import get_peft_model
+    from nbtune.models import attach_adapter, skeleton
 
-    adapted = get_peft_model(skeleton(spec.model), spec.method)
+    adapted = attach_adapter(skeleton(spec.model), spec)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

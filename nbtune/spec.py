@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from nbtune.errors import SpecError
-from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, config_class
+from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, PromptLearningConfig, config_class
 from nbtune.peft.configs.lora import LoraConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -280,6 +280,11 @@ class RunSpec(_Part):
     def method_name(self) -> str:
         """`"full"` or the lower-case peft type, for names and labels."""
         return "full" if self.method == "full" else self.method.peft_type.lower()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens of a trained prompt stand before each example."""
+        return self.method.num_virtual_tokens if isinstance(self.method, PromptLearningConfig) else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what YAML, JSON and papermill can carry."""

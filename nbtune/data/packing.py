@@ -101,16 +101,27 @@ class Batches:
     A micro-batch is a list of up to `batch_size` rows, a row a list of example indices. With `packing` a row holds as
     many examples as fit into `max_length` tokens, else one. Every epoch has the same number of micro-batches, and each
     example exactly once; the last micro-batch may be smaller.
+
+    With a trained prompt of `virtual_tokens` before each example, a row takes up to `max_length + virtual_tokens`, so
+    that many short examples, each with a prompt, need no more memory than the longest.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, max_length: int, *, packing: bool = True, seed: int = 0
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        max_length: int,
+        *,
+        packing: bool = True,
+        seed: int = 0,
+        virtual_tokens: int = 0,
     ) -> None:
         self.batch_size = batch_size
         self.max_length = max_length
         self.packing = packing
         self.seed = seed
-        self._lengths = [len(example) for example in examples]
+        self._capacity = max_length + virtual_tokens
+        self._lengths = [len(example) + virtual_tokens for example in examples]
         self._rows_per_epoch = len(self._rows(range(len(self._lengths))))
 
     def __len__(self) -> int:
@@ -139,7 +150,7 @@ class Batches:
     def _rows(self, order: Sequence[int]) -> list[list[int]]:
         if not self.packing:
             return [[index] for index in order]
-        return [[order[i] for i in row] for row in pack([self._lengths[index] for index in order], self.max_length)]
+        return [[order[i] for i in row] for row in pack([self._lengths[index] for index in order], self._capacity)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,6 +156,8 @@ def _read(folder: Path) -> dict[str, Any]:
 def _label(config: dict[str, Any]) -> str:
     method = str(config.get("peft_type", "adapter"))
     method = {"LORA": "LoRA", "ADALORA": "AdaLoRA"}.get(method, method)
+    if "num_virtual_tokens" in config:
+        return f"{method.replace('_', ' ').lower()}, {config['num_virtual_tokens']} tokens"
     return f"{method} r{config['r']}" if "r" in config else method
 
 

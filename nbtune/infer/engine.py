@@ -29,6 +29,7 @@ from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults, default_s
 from nbtune.infer.text import Message, TextStream, prompt_tokens, stop_tokens
 from nbtune.models import load
 from nbtune.peft import PeftModel
+from nbtune.peft.config import PromptLearningConfig
 from nbtune.spec import ModelSpec
 
 Finish = Literal["end_of_turn", "max_new_tokens", "context", "stopped"]
@@ -93,6 +94,9 @@ class Engine:
         # Adapter names become module names, which may hold no dot; a column's name may.
         self._adapters = {name: f"column_{index}" for index, name in enumerate(adapters)}
         self._models: dict[str, Any] = {BASE: _with_adapters(base, self._adapters, adapters)}
+        configs = {name: self._models[BASE].peft_config[inner] for name, inner in self._adapters.items()}
+        prompts = {name: config for name, config in configs.items() if isinstance(config, PromptLearningConfig)}
+        self._virtual_tokens = {name: config.num_virtual_tokens for name, config in prompts.items()}
         for name, folder in models.items():
             spec = model.model_copy(update={"name": str(folder), "revision": None})
             self._models[name] = load(spec, device=device).model.eval()
@@ -128,13 +132,18 @@ class Engine:
         if column not in self.columns:
             raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
         ids = prompt_tokens(messages, self.tokenizer)
-        if len(ids) >= self.context_length:
+        room = self._room(column)
+        if len(ids) >= room:
             raise NbtuneError(
                 "The conversation is longer than the model's context",
-                f"{column}: {len(ids):,} tokens; {self.spec.name} reads {self.context_length:,}, answer included.",
+                f"{column}: {len(ids):,} tokens; {self.spec.name} reads {room:,}, answer included.",
                 "Shorten the prompt, or clear the conversation.",
             )
         return ids
+
+    def _room(self, column: str) -> int:
+        """How many tokens of text this column reads; a trained prompt before them takes some of the context."""
+        return self.context_length - self._virtual_tokens.get(column, 0)
 
     def close(self) -> None:
         """Give the memory back. The engine cannot be used after."""
@@ -229,7 +238,7 @@ class _Answer:
             return "end_of_turn"
         if self.stats.tokens >= self.max_new_tokens:
             return "max_new_tokens"
-        return "context" if self.ids.shape[1] >= self.engine.context_length else None
+        return "context" if self.ids.shape[1] >= self.engine._room(self.column) else None
 
 
 def _with_adapters(base: Any, names: Mapping[str, str], folders: Mapping[str, str | Path]) -> Any:

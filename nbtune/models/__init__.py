@@ -7,6 +7,7 @@
 `describe` reads no weights. torch and transformers are imported when a function first needs them.
 """
 
+from nbtune.models.adapter import attach_adapter
 from nbtune.models.info import ModelInfo, ModuleInfo, describe, skeleton
 from nbtune.models.loader import LoadedModel, load, load_tokenizer
 from nbtune.models.machine import available_memory, compute_dtype, default_device
@@ -17,6 +18,7 @@ __all__ = [
     "ModelInfo",
     "ModuleInfo",
     "Source",
+    "attach_adapter",
     "available_memory",
     "compute_dtype",
     "default_device",

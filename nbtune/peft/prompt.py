@@ -144,6 +144,8 @@ def resolve(model: nn.Module, config: PromptLearningConfig) -> PromptLearningCon
         raise invalid("token_dim", given["token_dim"], f"is {facts['token_dim']} in this model; leave it out")
     seq2seq = config.task_type == "SEQ_2_SEQ_LM" or (config.task_type is None and model.config.is_encoder_decoder)
     facts["num_transformer_submodules"] = 2 if seq2seq else 1
+    if model.can_generate():  # PEFT puts no prompt before a model whose task the file does not name
+        facts["task_type"] = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
     if given.get("prompt_tuning_init") == "TEXT":
         facts["tokenizer_name_or_path"] = model.name_or_path
     if "encoder_hidden_size" in given:

@@ -42,7 +42,7 @@ class Outcome:
 class Schedule:
     """How many optimiser steps there are, and which micro-batches each consumes."""
 
-    def __init__(self, examples: Sequence[Example], training: TrainingSpec) -> None:
+    def __init__(self, examples: Sequence[Example], training: TrainingSpec, virtual_tokens: int = 0) -> None:
         self._examples = examples
         self._accumulation = training.gradient_accumulation_steps
         self._batches = Batches(
@@ -51,6 +51,7 @@ class Schedule:
             training.max_length,
             packing=training.packing,
             seed=training.seed,
+            virtual_tokens=virtual_tokens,
         )
         self.steps_per_epoch = self._batches.steps_per_epoch(self._accumulation)
         epochs = training.num_train_epochs * self.steps_per_epoch
@@ -69,9 +70,10 @@ class Schedule:
         return collate([[self._examples[index] for index in row] for row in rows])
 
 
-def eval_batches(examples: Sequence[Example], training: TrainingSpec) -> list[Batch]:
+def eval_batches(examples: Sequence[Example], training: TrainingSpec, virtual_tokens: int = 0) -> list[Batch]:
     """The held-out examples, packed whatever `training.packing` says: packing is exact, and quicker."""
-    batches = Batches(examples, training.per_device_train_batch_size, training.max_length)
+    size, longest = training.per_device_train_batch_size, training.max_length
+    batches = Batches(examples, size, longest, virtual_tokens=virtual_tokens)
     return [collate([[examples[index] for index in row] for row in rows]) for rows in batches.in_order()]
 
 

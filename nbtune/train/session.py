@@ -15,8 +15,8 @@ import torch
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
-from nbtune.models import LoadedModel, compute_dtype, default_device, load
-from nbtune.peft import PeftModel, get_peft_model
+from nbtune.models import LoadedModel, attach_adapter, compute_dtype, default_device, load
+from nbtune.peft import PeftModel
 from nbtune.plan import plan
 from nbtune.spec import ModelSpec, RunSpec
 from nbtune.train import checkpoint
@@ -63,12 +63,12 @@ def _train(
         on_event({"type": "warning", "message": f"{count} rows were left out: {reason}"})
 
     adapted = _attach(loaded.model, spec)
-    schedule = Schedule(dataset.train, spec.training)
+    schedule = Schedule(dataset.train, spec.training, spec.virtual_tokens)
     on_event(_start_event(spec, loaded, dataset, schedule))
     outcome = train(
         CausalLMLoss(loaded.model),
         schedule,
-        eval_batches(dataset.eval, spec.training),
+        eval_batches(dataset.eval, spec.training, spec.virtual_tokens),
         spec.training,
         checkpoints=checkpoints,
         compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
@@ -96,7 +96,7 @@ def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.training.seed)
-        return get_peft_model(model, spec.method)
+        return attach_adapter(model, spec)
 
 
 def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule: Schedule) -> Event:

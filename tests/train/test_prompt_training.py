@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy
+import peft
 import pytest
 import torch
 import transformers
 
+import nbtune as nt
+from nbtune.data import Batches
+from nbtune.data.render import Example
 from nbtune.kernels.attention import NAME, register
+from nbtune.models import attach_adapter, load, load_tokenizer, skeleton
 from nbtune.peft import LoraConfig, PeftModel, get_peft_model
-from nbtune.peft.configs.p_tuning import PromptEncoderConfig
-from nbtune.peft.configs.prefix_tuning import PrefixTuningConfig
-from nbtune.peft.configs.prompt_tuning import PromptTuningConfig
+from nbtune.peft.configs.prompts import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from nbtune.spec import ModelSpec, RunSpec
 from nbtune.train.loss import CausalLMLoss
+from nbtune.train.session import train_in_folder
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -143,3 +150,160 @@ def test_a_prompt_and_low_rank_updates_are_active_together(method):
     wanted = gradients(model, expected)
     for name, gradient in gradients(model, packed_loss(model, row)).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+SMOLLM2 = ModelSpec(dtype="float32")
+ROWS = [
+    {"instruction": f"Say the number {n} in English.", "output": word}
+    for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+]
+TRAINING = {
+    "max_steps": 3, "max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    "eval_steps": 0, "save_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+def run_spec(method, model: str | ModelSpec = SMOLLM2, **training) -> RunSpec:
+    return RunSpec(
+        model=model,
+        data=nt.DataSpec.from_rows(ROWS, eval_fraction=0.2),
+        method=method,
+        training=TRAINING | training,
+        tracking={"mlflow": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory) -> Path:
+    """The real tokenizer on two small random layers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer(SMOLLM2)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 80})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PromptTuningConfig(num_virtual_tokens=8, prompt_tuning_init="TEXT", prompt_tuning_init_text="Numbers:"),
+        PrefixTuningConfig(num_virtual_tokens=8),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_a_run_trains_a_prompt_that_peft_loads(method, tmp_path):
+    run = nt.train(run_spec(method), runs_dir=tmp_path).wait()
+    assert run.status == "finished"
+    losses = [event["loss"] for event in run.events() if event["type"] == "train"]
+    assert losses[-1] < losses[0]
+    config = peft.PeftConfig.from_pretrained(run.adapter_path)
+    assert config.num_virtual_tokens == 8
+    if isinstance(method, PromptTuningConfig):
+        assert config.tokenizer_name_or_path == config.base_model_name_or_path == "smollm2-135m-instruct"
+
+    ids = torch.arange(100, 120)[None]
+    model = load(SMOLLM2).model
+    with torch.no_grad():
+        base = model(ids).logits
+        ours = PeftModel.from_pretrained(model, run.adapter_path)
+        mine = ours(ids).logits
+        ours.unload()
+        theirs = peft.PeftModel.from_pretrained(model, run.adapter_path)
+        torch.testing.assert_close(mine, theirs(ids).logits, rtol=1e-5, atol=2e-4)
+    assert (mine[:, -20:] - base).abs().max() > 1e-2
+
+
+def test_the_text_is_read_by_the_models_own_tokenizer(tiny_folder):
+    method = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="one two")
+    model = load(ModelSpec(name=str(tiny_folder), dtype="float32")).model
+    ids = load_tokenizer(SMOLLM2)("one two")["input_ids"]
+    embeddings = model.get_input_embeddings().weight[torch.tensor([*ids, *ids])[:3]]
+    spec = run_spec(method, str(tiny_folder))
+    adapted = attach_adapter(model, spec)
+    assert torch.equal(next(p for p in adapted.parameters() if p.requires_grad), embeddings)
+    assert nt.check(spec) == []
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PromptTuningConfig(num_virtual_tokens=4),
+        PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
+        PromptEncoderConfig(num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_dropout=0.2),
+    ],
+    ids=["prompt", "prefix", "p-tuning"],
+)
+def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(method, tiny_folder, tmp_path):
+    spec = run_spec(method, str(tiny_folder), gradient_checkpointing=True)
+    losses: dict[str, list[float]] = {"whole": [], "parts": []}
+
+    def train(name: str, until: int) -> None:
+        def on_event(event):
+            if event["type"] == "train":
+                losses[name].append(event["loss"])
+
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        train_in_folder(folder, spec, on_event=on_event, should_stop=lambda: len(losses[name]) >= until)
+
+    train("whole", 99)
+    train("parts", 1)
+    assert len(losses["parts"]) == 1
+    train("parts", 99)
+    assert losses["parts"] == losses["whole"]
+    assert len(losses["whole"]) == 3
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in losses]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_planned_from_shapes_alone(config):
+    spec = run_spec(config)
+    model = get_peft_model(skeleton(SMOLLM2), config)
+    trained, _ = model.get_nb_trainable_parameters()
+    theirs = peft.get_peft_model(load(SMOLLM2).model, oracle(config)).get_nb_trainable_parameters()[0]
+    planned, of_lora = nt.plan(spec), nt.plan(run_spec(LoraConfig(r=1)))
+    assert trained == theirs == planned.parts["adapter"] // 4
+    assert planned.parts["activations"] / of_lora.parts["activations"] == pytest.approx((64 + 5) / 64, rel=1e-3)
+
+
+def oracle(config) -> peft.PeftConfig:
+    kinds = {"PROMPT_TUNING": peft.PromptTuningConfig, "PREFIX_TUNING": peft.PrefixTuningConfig}
+    settings = {**config.changes(), "task_type": "CAUSAL_LM"}
+    return kinds.get(config.peft_type, peft.PromptEncoderConfig)(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=20), "Set max_length to 60 or less"),
+        (PrefixTuningConfig(num_virtual_tokens=20), "20 virtual tokens"),
+        (PromptTuningConfig(num_virtual_tokens=8, token_dim=5), "token_dim"),
+        (
+            PromptTuningConfig(
+                num_virtual_tokens=8,
+                prompt_tuning_init="TEXT",
+                prompt_tuning_init_text="x",
+                tokenizer_name_or_path="/nowhere",
+            ),
+            "No tokenizer",
+        ),
+    ],
+)
+def test_what_cannot_work_is_a_problem_before_work_starts(method, words, tiny_folder):
+    problems = nt.check(run_spec(method, str(tiny_folder)))
+    assert len(problems) == 1
+    assert words in str(problems[0])
+    assert nt.check(run_spec(PromptTuningConfig(num_virtual_tokens=16), str(tiny_folder))) == []
+
+
+def test_rows_have_room_for_the_prompts():
+    lengths = [10] * 20 + [64, 30, 3]
+    examples = [Example(numpy.zeros(n, numpy.int32), numpy.zeros(n, numpy.int32)) for n in lengths]
+    rows = [row for batch in Batches(examples, 2, 64, virtual_tokens=6).epoch(0) for row in batch]
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    sizes = [sum(lengths[index] + 6 for index in row) for row in rows]
+    assert max(sizes) == 70
+    assert any(len(row) > 1 for row in rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbtune._transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from nbtune.errors import AdapterError
 from nbtune.modules.base import compute_dtype, empty
-from nbtune.peft.configs.prefix_tuning import PrefixTuningConfig
+from nbtune.peft.configs.prompts import PrefixTuningConfig
 from nbtune.peft.prompt import Arguments, Prompt, Prompted, is_fresh, text_config
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -65,7 +65,7 @@ class PrefixTuning(Prompt):
 
     @classmethod
     def hooked(cls, model: PreTrainedModel) -> dict[nn.Module, Callable[[Prompted, Arguments], Arguments]]:
-        if model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing:
+        if model.training and torch.is_grad_enabled() and model.is_activation_checkpointing:
             message = "Gradient checkpointing runs each layer without the keys and values of the prefix."
             raise AdapterError("Not with gradient checkpointing", message, "Switch it off, or use PROMPT_TUNING.")
         return {model if _takes_cache(model) else model.base_model: before_keys}
