@@ -14,7 +14,7 @@ from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 from nbtune.modules.loftq import loftq_of_base
 from nbtune.peft.configs.lora import LoraConfig
-from nbtune.peft.eva import eva
+from nbtune.modules.eva import eva
 from nbtune.peft.inject import adapter_layers, attach
 from nbtune.peft.methods.lora import Lora
 from nbtune.peft.model import PeftModel

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
 
 from nbtune.modules import quantised
 from nbtune.peft.inject import adapter_layers
-from nbtune.peft.layer import Adapter, AdapterLayer
+from nbtune.peft.layer import AdapterLayer
 from nbtune.peft.model import PeftModel
 
 RequiresGrad = bool | Literal["irregular"]
 
 
-@dataclasses.dataclass(frozen=True)
-class TunerLayerStatus:
-    """One adapted layer. `requires_grad` and `devices` are by the adapter's name; irregular: true of a part of it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Status:
+    """`requires_grad` and `devices` are by the adapter's name; irregular: true of a part of it."""
 
-    name: str
-    module_type: str
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -31,8 +29,16 @@ class TunerLayerStatus:
     quantization_backend: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class TunerModelStatus:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunerLayerStatus(_Status):
+    """One adapted layer."""
+
+    name: str
+    module_type: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunerModelStatus(_Status):
     """A model with adapters. All its layers share one state, so that unlike in PEFT they cannot disagree."""
 
     base_model_type: str
@@ -41,13 +47,6 @@ class TunerModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, RequiresGrad]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
-    quantization_backend: str | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -58,17 +57,16 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer_status(path: str, layer: AdapterLayer) -> TunerLayerStatus:
     adapters = dict(layer.adapters.items())
-    state = layer.state
     held = layer._original[0] if layer._original else layer.base_layer
     return TunerLayerStatus(
         name=path,
         module_type=" + ".join(dict.fromkeys(type(adapter).__name__ for adapter in adapters.values())),
-        enabled=state.enabled,
-        active_adapters=list(state.active),
-        merged_adapters=[name for name in state.merged if name in adapters],
-        requires_grad={name: _trained([adapter]) for name, adapter in adapters.items()},
+        enabled=layer.state.enabled,
+        active_adapters=list(layer.state.active),
+        merged_adapters=[name for name in layer.state.merged if name in adapters],
+        requires_grad={name: _trained(adapter.parameters()) for name, adapter in adapters.items()},
         available_adapters=sorted(adapters),
-        devices={name: _devices([adapter]) for name, adapter in adapters.items()},
+        devices={name: sorted({p.device.type for p in adapter.parameters()}) for name, adapter in adapters.items()},
         quantization_backend=f"bnb {quantised.kind(held)}" if quantised.is_quantised(held) else None,
     )
 
@@ -77,8 +75,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of a PeftModel, or of a base model with adapters, as one."""
     adapted = model if isinstance(model, PeftModel) else PeftModel(model)
     trainable, total = adapted.get_nb_trainable_parameters()
-    layers = get_layer_status(adapted)
-    parts = {name: list(adapted._adapters(name).values()) for name in adapted.peft_config}
+    layers, names = get_layer_status(adapted), list(adapted.peft_config)
+    parameters = {name: [p for a in adapted._adapters(name).values() for p in a.parameters()] for name in names}
     return TunerModelStatus(
         base_model_type=type(adapted.get_base_model()).__name__,
         adapter_model_type=type(adapted).__name__,
@@ -89,17 +87,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         enabled=adapted._state.enabled,
         active_adapters=adapted.active_adapters,
         merged_adapters=list(adapted._state.merged),
-        requires_grad={name: _trained(adapters) for name, adapters in parts.items()},
-        available_adapters=sorted(parts),
-        devices={name: _devices(adapters) for name, adapters in parts.items()},
+        requires_grad={name: _trained(own) for name, own in parameters.items()},
+        available_adapters=sorted(names),
+        devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
         quantization_backend=next((layer.quantization_backend for layer in layers if layer.quantization_backend), None),
     )
 
 
-def _trained(adapters: Sequence[Adapter | nn.Module]) -> RequiresGrad:
-    trained = {parameter.requires_grad for adapter in adapters for parameter in adapter.parameters()}
+def _trained(parameters: Iterable[nn.Parameter]) -> RequiresGrad:
+    trained = {parameter.requires_grad for parameter in parameters}
     return "irregular" if len(trained) > 1 else trained == {True}
-
-
-def _devices(adapters: Sequence[Adapter | nn.Module]) -> list[str]:
-    return sorted({parameter.device.type for adapter in adapters for parameter in adapter.parameters()})

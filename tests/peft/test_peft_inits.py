@@ -11,7 +11,7 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.kernels import low_rank_inits as inits
-from nbtune.peft import eva as eva_module
+from nbtune.modules import eva as eva_module
 
 OUT, IN, R = 24, 40, 6
 
