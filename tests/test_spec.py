@@ -8,8 +8,8 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from nbtune.errors import NbtuneError, SpecError
-from nbtune.peft.configs.ia3 import IA3Config
 from nbtune.peft.configs.lora import LoraConfig
+from nbtune.peft.configs.vectors import IA3Config
 from nbtune.spec import RunSpec, settings
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nbtune.peft.config import METHODS, LayerConfig, PeftConfig, PeftType, TaskType
+from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
     from nbtune.modules.kbit import prepare_model_for_kbit_training
@@ -40,8 +40,8 @@ _HOMES = {
     "AdapterLayer": ".layer",
     "AutoPeftModel": ".tasks",
     "PeftModel": ".model",
-    "PromptEncoderReparameterizationType": ".configs.p_tuning",
-    "PromptTuningInit": ".configs.prompt_tuning",
+    "PromptEncoderReparameterizationType": ".configs.prompts",
+    "PromptTuningInit": ".configs.prompts",
     "find_targets": ".targets",
     "get_layer_status": ".status",
     "get_model_status": ".status",
@@ -54,7 +54,7 @@ _HOMES = {
     "prepare_model_for_kbit_training": "nbtune.modules.kbit",
     "set_peft_model_state_dict": ".model",
     **{f"{kind}For{task}": ".tasks" for kind in ("AutoPeftModel", "PeftModel") for task in _TASKS},
-    **{method.config: f".configs.{method.module}" for method in METHODS.values()},
+    **{kind.config: f".configs.{kind.family}" for kind in PeftType},
 }
 
 __all__ = ["LayerConfig", "PeftConfig", "PeftType", "TaskType", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

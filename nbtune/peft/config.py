@@ -26,40 +26,52 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nbtune import _files
 from nbtune.errors import AdapterError
+from nbtune.peft.fields import detail, setting
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class PeftType(StrEnum):
-    """The methods that nbtune knows, under PEFT's names."""
+    """The methods that nbtune knows, under PEFT's names, each with its config: nbtune.peft.configs.<family>.<config>.
 
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    IA3 = "IA3"
-    LN_TUNING = "LN_TUNING"
-    BEFT = "BEFT"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    OFT = "OFT"
-    BOFT = "BOFT"
-    HRA = "HRA"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    VERA = "VERA"
-    RANDLORA = "RANDLORA"
-    FOURIERFT = "FOURIERFT"
-    WAVEFT = "WAVEFT"
-    C3A = "C3A"
-    VBLORA = "VBLORA"
-    SHIRA = "SHIRA"
-    HIRA = "HIRA"
-    MISS = "MISS"
-    GRALORA = "GRALORA"
-    ROAD = "ROAD"
-    DELORA = "DELORA"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    P_TUNING = "P_TUNING"
+    Its adapter is in nbtune.peft.methods: the module has PEFT's name, the class that of the config without `Config`.
+    """
+
+    family: str
+    config: str
+
+    def __new__(cls, name: str, family: str, config: str) -> Self:
+        member = str.__new__(cls, name)
+        member._value_, member.family, member.config = name, family, config
+        return member
+
+    LORA = "LORA", "lora", "LoraConfig"
+    ADALORA = "ADALORA", "lora", "AdaLoraConfig"
+    IA3 = "IA3", "vectors", "IA3Config"
+    LN_TUNING = "LN_TUNING", "vectors", "LNTuningConfig"
+    BEFT = "BEFT", "vectors", "BeftConfig"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS", "vectors", "TrainableTokensConfig"
+    OFT = "OFT", "rotations", "OFTConfig"
+    BOFT = "BOFT", "rotations", "BOFTConfig"
+    HRA = "HRA", "rotations", "HRAConfig"
+    LOHA = "LOHA", "low_rank", "LoHaConfig"
+    LOKR = "LOKR", "low_rank", "LoKrConfig"
+    VERA = "VERA", "shared", "VeraConfig"
+    RANDLORA = "RANDLORA", "shared", "RandLoraConfig"
+    FOURIERFT = "FOURIERFT", "sparse", "FourierFTConfig"
+    WAVEFT = "WAVEFT", "sparse", "WaveFTConfig"
+    C3A = "C3A", "sparse", "C3AConfig"
+    VBLORA = "VBLORA", "shared", "VBLoRAConfig"
+    SHIRA = "SHIRA", "sparse", "ShiraConfig"
+    HIRA = "HIRA", "low_rank", "HiraConfig"
+    MISS = "MISS", "low_rank", "MissConfig"
+    GRALORA = "GRALORA", "low_rank", "GraloraConfig"
+    ROAD = "ROAD", "rotations", "RoadConfig"
+    DELORA = "DELORA", "low_rank", "DeloraConfig"
+    PROMPT_TUNING = "PROMPT_TUNING", "prompts", "PromptTuningConfig"
+    PREFIX_TUNING = "PREFIX_TUNING", "prompts", "PrefixTuningConfig"
+    P_TUNING = "P_TUNING", "prompts", "PromptEncoderConfig"
 
 
 class TaskType(StrEnum):
@@ -73,23 +85,13 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def setting(
-    default: Any = dataclasses.MISSING, *, help: str, factory: Any = dataclasses.MISSING, **metadata: Any
-) -> Any:
-    """A dataclass field with its help and limits (label, unit, choices, ge, gt, le, lt, advanced, sweepable)."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, **metadata})
-
-
-def pending(default: Any = None) -> Any:
-    """A setting of PEFT that nbtune does not have yet: written to files at PEFT's default, refused at any other."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"pending": default})
-    return dataclasses.field(default=default, metadata={"pending": default})
-
-
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class PeftConfig:
-    """What every adapter has. Raises AdapterError on construction for a value that cannot be right."""
+    """What every adapter has. Raises AdapterError on construction for a value that cannot be right.
+
+    A subclass is a frozen dataclass by itself: `class LoraConfig(BiasedConfig, peft_type="LORA")`.
+    """
 
     peft_type: ClassVar[str] = ""
     absent: ClassVar[tuple[str, ...]] = ()  # settings that PEFT's config of this method does not have
@@ -102,6 +104,17 @@ class PeftConfig:
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of a newer file, kept as they came
+
+    modules_to_save: list[str] | None = detail(
+        None,
+        "Modules to train in full and to save with the adapter, such as a new classification head.",
+        label="Modules trained in full",
+    )
+
+    def __init_subclass__(cls, *, peft_type: str = "", absent: tuple[str, ...] = ()) -> None:
+        super().__init_subclass__()
+        cls.peft_type, cls.absent = peft_type or cls.peft_type, absent or cls.absent
+        dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
 
     def __new__(cls, *_args: Any, **settings: Any) -> Self:
         """Refuse a misspelt setting with the nearest names, where a dataclass would raise a bare TypeError."""
@@ -195,30 +208,22 @@ class PeftConfig:
         _files.write_text(Path(folder) / CONFIG_NAME, self.to_json())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LayerConfig(PeftConfig):
     """What every method that adapts layers has: which modules. The matching rules are those of PEFT."""
 
     target_modules: list[str] | str | None = setting(
         None,
-        help="Modules to adapt: names (endings of module paths), a regular expression over whole paths, or all-linear "
+        "Modules to adapt: names (endings of module paths), a regular expression over whole paths, or all-linear "
         "(every linear layer but the output head). None: what PEFT adapts in such a model, or all of its blocks.",
-        label="Target modules",
     )
-    exclude_modules: list[str] | str | None = setting(
-        None, help="Modules to leave alone: names or a regular expression, matched like target modules.", advanced=True
+    exclude_modules: list[str] | str | None = detail(
+        None, "Modules to leave alone: names or a regular expression, matched like target modules."
     )
-    layers_to_transform: list[int] | int | None = setting(
-        None, help="Adapt only the blocks with these numbers, counted from 0.", advanced=True
+    layers_to_transform: list[int] | int | None = detail(
+        None, "Adapt only the blocks with these numbers, counted from 0."
     )
-    layers_pattern: list[str] | str | None = setting(
-        None, help="Name of the list of blocks that layers_to_transform counts in, such as layers or h.", advanced=True
-    )
-    modules_to_save: list[str] | None = setting(
-        None,
-        help="Modules to train in full and to save with the adapter, such as a new classification head.",
-        label="Modules trained in full",
-        advanced=True,
+    layers_pattern: list[str] | str | None = detail(
+        None, "Name of the list of blocks that layers_to_transform counts in, such as layers or h."
     )
 
     @property
@@ -238,26 +243,22 @@ class LayerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_modules in ([], ""):
-            raise invalid("target_modules", self.target_modules, "must name at least one module, or be None")
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            check_regex("target_modules", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            check_regex("exclude_modules", self.exclude_modules)
-        for name in ("layers_to_transform", "layers_pattern"):
-            is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-            if is_regex and getattr(self, name) is not None:
-                message = f"{name} is set, but target_modules is the text {self.target_modules!r}."
-                raise AdapterError(
-                    f"{name} needs names", message, "Give target_modules as a list, or put the layers in the regex."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise AdapterError(
-                "layers_pattern is set alone", "layers_pattern only says where layers_to_transform counts."
-            )
-        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+        targets = self.target_modules
+        if targets in ([], ""):
+            raise invalid("target_modules", targets, "must name at least one module, or be None")
+        check_regex("target_modules", targets)
+        check_regex("exclude_modules", self.exclude_modules)
+        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern]:
             check_regex("layers_pattern", pattern)
-
+        blocks = {"layers_to_transform": self.layers_to_transform, "layers_pattern": self.layers_pattern}
+        for name, value in blocks.items():
+            if value is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+                message = f"{name} is set, but target_modules is the text {targets!r}."
+                remedy = "Give target_modules as a list, or put the layers in the regex."
+                raise AdapterError(f"{name} needs names", message, remedy)
+        if self.layers_pattern and self.layers_to_transform is None:
+            message = "layers_pattern only says where layers_to_transform counts."
+            raise AdapterError("layers_pattern is set alone", message)
         for name, patterns in self.patterns.items():
             for pattern, value in patterns.items():
                 check_regex(name, pattern)
@@ -271,97 +272,51 @@ class LayerConfig(PeftConfig):
         return {name: value for name, value in values.items() if name.endswith("_pattern") and isinstance(value, dict)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class BiasedConfig(LayerConfig):
     """Layer methods that can train the base model's biases too."""
 
-    only: ClassVar[str] = ""  # PEFT's word for the biases of the adapted modules
+    only: ClassVar[str] = ""  # PEFT's word for the biases of the adapted modules; "": <peft_type>_only
 
-    bias: str = setting(
+    bias: str = detail(
         "none",
-        help="Biases of the base model to train and save: none, those of the adapted modules (<method>_only), or all.",
+        "Biases of the base model to train and save: none, those of the adapted modules (lora_only with LoRA), or all.",
         label="Biases",
-        advanced=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bias not in ("none", "all", self.only):
-            raise invalid("bias", self.bias, f"must be one of 'none', 'all', {self.only!r}")
+        words = "none", "all", self.only or f"{self.peft_type.lower()}_only"
+        if self.bias not in words:
+            raise invalid("bias", self.bias, f"must be one of {', '.join(map(repr, words))}")
 
     @property
     def trained_biases(self) -> str:
         return {"none": "none", "all": "all"}.get(self.bias, "targets")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class PromptLearningConfig(PeftConfig):
     """Methods that train a prompt of virtual tokens; the model itself stays as it is."""
 
     num_virtual_tokens: int = setting(
-        20, help="Length of the trained prompt.", label="Virtual tokens", unit="tokens", ge=1, sweepable=True
+        20, "Length of the trained prompt.", label="Virtual tokens", unit="tokens", ge=1, sweepable=True
     )
     # Facts of the base model, filled in when the adapter is made; PEFT reads them from the file.
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
-    modules_to_save: list[str] | None = setting(
-        None,
-        help="Modules to train in full and to save with the adapter.",
-        label="Modules trained in full",
-        advanced=True,
-    )
-
-
-class Method(typing.NamedTuple):
-    """Where a method is: nbtune.peft.configs.<module>.<config> and nbtune.peft.methods.<module>.<adapter>."""
-
-    module: str
-    config: str
-    adapter: str
-
-
-METHODS: dict[PeftType, Method] = {
-    PeftType.LORA: Method("lora", "LoraConfig", "Lora"),
-    PeftType.ADALORA: Method("adalora", "AdaLoraConfig", "AdaLora"),
-    PeftType.IA3: Method("ia3", "IA3Config", "IA3"),
-    PeftType.LN_TUNING: Method("ln_tuning", "LNTuningConfig", "LNTuning"),
-    PeftType.BEFT: Method("beft", "BeftConfig", "Beft"),
-    PeftType.TRAINABLE_TOKENS: Method("trainable_tokens", "TrainableTokensConfig", "TrainableTokens"),
-    PeftType.OFT: Method("oft", "OFTConfig", "OFT"),
-    PeftType.BOFT: Method("boft", "BOFTConfig", "BOFT"),
-    PeftType.HRA: Method("hra", "HRAConfig", "HRA"),
-    PeftType.LOHA: Method("loha", "LoHaConfig", "LoHa"),
-    PeftType.LOKR: Method("lokr", "LoKrConfig", "LoKr"),
-    PeftType.VERA: Method("vera", "VeraConfig", "Vera"),
-    PeftType.RANDLORA: Method("randlora", "RandLoraConfig", "RandLora"),
-    PeftType.FOURIERFT: Method("fourierft", "FourierFTConfig", "FourierFT"),
-    PeftType.WAVEFT: Method("waveft", "WaveFTConfig", "WaveFT"),
-    PeftType.C3A: Method("c3a", "C3AConfig", "C3A"),
-    PeftType.VBLORA: Method("vblora", "VBLoRAConfig", "VBLoRA"),
-    PeftType.SHIRA: Method("shira", "ShiraConfig", "Shira"),
-    PeftType.HIRA: Method("hira", "HiraConfig", "Hira"),
-    PeftType.MISS: Method("miss", "MissConfig", "Miss"),
-    PeftType.GRALORA: Method("gralora", "GraloraConfig", "Gralora"),
-    PeftType.ROAD: Method("road", "RoadConfig", "Road"),
-    PeftType.DELORA: Method("delora", "DeloraConfig", "Delora"),
-    PeftType.PROMPT_TUNING: Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
-    PeftType.PREFIX_TUNING: Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
-    PeftType.P_TUNING: Method("p_tuning", "PromptEncoderConfig", "PromptEncoder"),
-}
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The config class of a method, by PEFT's name of it in any case. Raises AdapterError for an unknown one."""
-    known = ", ".join(METHODS)
+    known = ", ".join(PeftType)
     if not peft_type:
         raise AdapterError("No method", "There is no peft_type.", f"nbtune knows {known}.")
     if peft_type.upper() not in list(PeftType):
         remedy = f"nbtune knows {known}, and 'full' for a run that trains every weight."
         raise AdapterError("Unknown method", f"peft_type is {peft_type!r}.", remedy)
-    method = METHODS[PeftType(peft_type.upper())]
-    return vars(importlib.import_module(f"nbtune.peft.configs.{method.module}"))[method.config]
+    method = PeftType(peft_type.upper())
+    return vars(importlib.import_module(f"nbtune.peft.configs.{method.family}"))[method.config]
 
 
 def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -373,9 +328,8 @@ def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = _download(str(path), revision)
     if not folder.is_dir():
-        raise AdapterError(
-            "No such adapter", f"{path} is no folder.", "Give the folder that save_pretrained wrote, or a hub id."
-        )
+        remedy = "Give the folder that save_pretrained wrote, or a hub id."
+        raise AdapterError("No such adapter", f"{path} is no folder.", remedy)
     if not (folder / CONFIG_NAME).is_file():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
         remedy = f"Adapters inside it: {', '.join(inside)}." if inside else ""
@@ -451,8 +405,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_regex(name: str, pattern: str) -> None:
+def check_regex(name: str, pattern: Any) -> None:
+    """Raise AdapterError for a text that is no regular expression; lists of names are none."""
     try:
-        re.compile(pattern)
+        re.compile(pattern if isinstance(pattern, str) else "")
     except re.error as error:
         raise invalid(name, pattern, f"must be a regular expression ({error})") from error

@@ -22,8 +22,8 @@ from nbtune.modules import structure
 from nbtune.modules.base import LINEARS
 from nbtune.modules.defaults import default_feedforward, default_targets
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, did_you_mean
-from nbtune.peft.configs.ia3 import IA3Config
 from nbtune.peft.configs.lora import LoraConfig
+from nbtune.peft.configs.vectors import IA3Config
 from nbtune.peft.layer import AdapterLayer
 
 # What PEFT trains in full for a task, where the model has it.

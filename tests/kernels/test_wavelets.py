@@ -7,7 +7,7 @@ import torch
 from peft.tuners.waveft.wavelet import Wavelet
 
 from nbtune.kernels.wavelets import coefficient_count, inverse_step, scaling_filter, synthesis_taps, transposed_step
-from nbtune.peft.configs.waveft import WAVELETS
+from nbtune.peft.configs.sparse import WAVELETS
 
 
 @pytest.mark.parametrize("wavelet", WAVELETS)

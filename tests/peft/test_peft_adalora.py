@@ -13,7 +13,7 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.peft import PeftModel, get_peft_model
-from nbtune.peft.configs.adalora import AdaLoraConfig
+from nbtune.peft.configs.lora import AdaLoraConfig
 
 SMALL = {"init_r": 6, "target_r": 2, "total_step": 20}
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from nbtune.peft.configs.c3a import C3AConfig
-from nbtune.peft.configs.gralora import GraloraConfig
-from nbtune.peft.configs.miss import MissConfig
+from nbtune.peft.configs.low_rank import GraloraConfig, MissConfig
+from nbtune.peft.configs.sparse import C3AConfig
 from nbtune.peft.methods.c3a import C3A
 
 

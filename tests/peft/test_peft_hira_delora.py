@@ -12,12 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from nbtune.peft.configs.boft import BOFTConfig
-from nbtune.peft.configs.delora import DeloraConfig
-from nbtune.peft.configs.hira import HiraConfig
-from nbtune.peft.configs.hra import HRAConfig
-from nbtune.peft.configs.oft import OFTConfig
-from nbtune.peft.configs.road import RoadConfig
+from nbtune.peft.configs.low_rank import DeloraConfig, HiraConfig
+from nbtune.peft.configs.rotations import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
 from nbtune.peft.methods.delora import Delora
 from nbtune.peft.methods.hira import Hira
 

@@ -29,9 +29,7 @@ from transformers import (
 from nbtune.errors import AdapterError
 from nbtune.peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from nbtune.peft.config import PeftConfig
-from nbtune.peft.configs.p_tuning import PromptEncoderConfig
-from nbtune.peft.configs.prefix_tuning import PrefixTuningConfig
-from nbtune.peft.configs.prompt_tuning import PromptTuningConfig
+from nbtune.peft.configs.prompts import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
 CONFIGS = [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig]

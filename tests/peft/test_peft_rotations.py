@@ -14,10 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nbtune.errors import AdapterError
 from nbtune.peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from nbtune.peft.configs.boft import BOFTConfig
-from nbtune.peft.configs.hra import HRAConfig
-from nbtune.peft.configs.oft import OFTConfig
-from nbtune.peft.configs.road import RoadConfig
+from nbtune.peft.configs.rotations import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
 from nbtune.peft.methods.boft import BOFT
 from nbtune.peft.methods.hra import HRA
 from nbtune.peft.methods.oft import OFT

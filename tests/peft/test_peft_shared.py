@@ -17,11 +17,8 @@ from torch.nn import functional as F
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from nbtune.peft.configs.loha import LoHaConfig
-from nbtune.peft.configs.lokr import LoKrConfig
-from nbtune.peft.configs.randlora import RandLoraConfig
-from nbtune.peft.configs.vblora import VBLoRAConfig
-from nbtune.peft.configs.vera import VeraConfig
+from nbtune.peft.configs.low_rank import LoHaConfig, LoKrConfig
+from nbtune.peft.configs.shared import RandLoraConfig, VBLoRAConfig, VeraConfig
 from nbtune.peft.methods.lokr import LoKr, factors
 
 bnb = quantised.bitsandbytes()

@@ -12,9 +12,7 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.peft import PeftModel, get_peft_model
-from nbtune.peft.configs.beft import BeftConfig
-from nbtune.peft.configs.ia3 import IA3Config
-from nbtune.peft.configs.ln_tuning import LNTuningConfig
+from nbtune.peft.configs.vectors import BeftConfig, IA3Config, LNTuningConfig
 from nbtune.peft.methods.ia3 import IA3
 
 

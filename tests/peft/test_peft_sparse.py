@@ -10,9 +10,7 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from nbtune.peft.configs.fourierft import FourierFTConfig
-from nbtune.peft.configs.shira import ShiraConfig
-from nbtune.peft.configs.waveft import WAVELETS, WaveFTConfig
+from nbtune.peft.configs.sparse import WAVELETS, FourierFTConfig, ShiraConfig, WaveFTConfig
 
 
 class TestFourierFT(MethodTests):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 
-from nbtune.peft.config import METHODS, PeftConfig, PeftType
+from nbtune.peft.config import PeftConfig
 from nbtune.peft.layer import Adapter
 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class of the adapters that a config describes."""
-    method = METHODS[PeftType(config.peft_type)]
-    return vars(importlib.import_module(f"{__name__}.{method.module}"))[method.adapter]
+    module = importlib.import_module(f"{__name__}.{config.peft_type.lower()}")
+    return vars(module)[type(config).__name__.removesuffix("Config")]

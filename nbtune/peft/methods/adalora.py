@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import LINEARS, apply_weight, empty, weight_of
-from nbtune.peft.configs.adalora import AdaLoraConfig
+from nbtune.peft.configs.lora import AdaLoraConfig
 from nbtune.peft.layer import Adapter, Several
 from nbtune.peft.rows import Group
 

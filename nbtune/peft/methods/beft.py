@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbtune.modules.base import features, zeros
-from nbtune.peft.configs.beft import BeftConfig
+from nbtune.peft.configs.vectors import BeftConfig
 from nbtune.peft.layer import Adapter
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.kernels.rotations import butterfly, cayley, dropped_blocks
 from nbtune.modules.base import CONVOLUTIONS, features, ones, zeros
-from nbtune.peft.configs.boft import BOFTConfig
+from nbtune.peft.configs.rotations import BOFTConfig
 from nbtune.peft.methods.rotation import Rotation, inputs
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import empty, features
-from nbtune.peft.configs.c3a import C3AConfig
+from nbtune.peft.configs.sparse import C3AConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.modules.base import compute_dtype, empty, features, ones, weight_of, zeros
-from nbtune.peft.configs.delora import DeloraConfig
+from nbtune.peft.configs.low_rank import DeloraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
 

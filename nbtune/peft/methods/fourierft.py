@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.modules.base import empty, features, zeros
-from nbtune.peft.configs.fourierft import FourierFTConfig
+from nbtune.peft.configs.sparse import FourierFTConfig
 from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
 from nbtune.peft.targets import of_pattern
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import empty, features
-from nbtune.peft.configs.gralora import GraloraConfig
+from nbtune.peft.configs.low_rank import GraloraConfig
 from nbtune.peft.layer import Adapter
 
 

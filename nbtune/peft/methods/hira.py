@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features, weight_of
-from nbtune.peft.configs.hira import HiraConfig
+from nbtune.peft.configs.low_rank import HiraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.kernels.rotations import reflected
 from nbtune.modules.base import empty
-from nbtune.peft.configs.hra import HRAConfig
+from nbtune.peft.configs.rotations import HRAConfig
 from nbtune.peft.methods.rotation import Rotation, inputs
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.kernels.low_rank import combine_tensors
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, empty, features, ones
-from nbtune.peft.configs.ia3 import IA3Config
+from nbtune.peft.configs.vectors import IA3Config
 from nbtune.peft.layer import Adapter
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft.configs.ln_tuning import LNTuningConfig
+from nbtune.peft.configs.vectors import LNTuningConfig
 from nbtune.peft.layer import SavedModule
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features
-from nbtune.peft.configs.lycoris import LycorisConfig
+from nbtune.peft.configs.low_rank import LycorisConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
 

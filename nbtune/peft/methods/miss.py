@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import features, weight_of, zeros
-from nbtune.peft.configs.miss import MissConfig
+from nbtune.peft.configs.low_rank import MissConfig
 from nbtune.peft.layer import Adapter
 
 

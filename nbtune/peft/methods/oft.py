@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbtune.kernels.rotations import cayley, cayley_series, dropped_blocks, rotated_blocks, skew_symmetric
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, features, zeros
-from nbtune.peft.configs.oft import OFTConfig
+from nbtune.peft.configs.rotations import OFTConfig
 from nbtune.peft.methods.rotation import Rotation, inputs, nearest_divisor
 
 

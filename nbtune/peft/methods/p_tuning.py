@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbtune.modules.base import compute_dtype, empty
-from nbtune.peft.configs.p_tuning import PromptEncoderConfig
+from nbtune.peft.configs.prompts import PromptEncoderConfig
 from nbtune.peft.prompt import Prompt
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nbtune._transformers import AutoTokenizer
 from nbtune.errors import AdapterError
 from nbtune.modules.base import compute_dtype, empty
-from nbtune.peft.configs.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from nbtune.peft.configs.prompts import PromptTuningConfig, PromptTuningInit
 from nbtune.peft.prompt import Prompt
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.modules.base import empty, features, zeros
-from nbtune.peft.configs.randlora import RandLoraConfig
+from nbtune.peft.configs.shared import RandLoraConfig
 from nbtune.peft.layer import Adapter, Shared
 
 

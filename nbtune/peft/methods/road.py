@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.kernels.rotations import rotated_pairs
 from nbtune.modules.base import features, ones, zeros
-from nbtune.peft.configs.road import RoadConfig
+from nbtune.peft.configs.rotations import RoadConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.methods.rotation import nearest_divisor
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import empty, features, zeros
-from nbtune.peft.configs.shira import ShiraConfig
+from nbtune.peft.configs.sparse import ShiraConfig
 from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
 
 

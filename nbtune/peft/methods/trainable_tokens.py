@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from nbtune.errors import AdapterError
 from nbtune.modules.base import apply_weight, compute_dtype, weight_of
 from nbtune.peft.config import LayerConfig
-from nbtune.peft.configs.trainable_tokens import TrainableTokensConfig, check_tokens
+from nbtune.peft.configs.vectors import TrainableTokensConfig, check_tokens
 from nbtune.peft.layer import PREFIX, Adapter
 from nbtune.peft.targets import Place
 

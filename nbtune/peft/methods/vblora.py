@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import empty, features
-from nbtune.peft.configs.vblora import VBLoRAConfig
+from nbtune.peft.configs.shared import VBLoRAConfig
 from nbtune.peft.layer import Adapter, Shared
 
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.modules.base import empty, features, ones, zeros
-from nbtune.peft.configs.vera import VeraConfig
+from nbtune.peft.configs.shared import VeraConfig
 from nbtune.peft.layer import Adapter, Shared
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbtune.kernels.wavelets import coefficient_count, inverse_step, synthesis_taps, transposed_step
 from nbtune.modules.base import empty, features, zeros
-from nbtune.peft.configs.waveft import WaveFTConfig
+from nbtune.peft.configs.sparse import WaveFTConfig
 from nbtune.peft.layer import Shared
 from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
 from nbtune.peft.targets import of_pattern

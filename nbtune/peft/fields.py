@@ -1,0 +1,49 @@
+"""Fields of configs: a default with its help and limits, and those that many methods have, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+
+def setting(
+    default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, **metadata: Any
+) -> Any:
+    """A field with its help and more: label, unit, choices, pattern, ge, gt, le, lt, advanced, sweepable."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, **metadata})
+
+
+detail = functools.partial(setting, advanced=True)  # a setting that few people change
+
+
+def pending(default: Any = None) -> Any:
+    """A setting of PEFT that nbtune does not have yet: written to files at PEFT's default, refused at any other."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"pending": default})
+    return dataclasses.field(default=default, metadata={"pending": default})
+
+
+def rank(default: int = 8, help: str = "Rank of the update.", label: str = "Rank r") -> Any:
+    """The field `r`."""
+    return setting(default, help, label=label, ge=1, sweepable=True)
+
+
+def strength(default: float, by: str) -> Any:
+    """The field alpha; the update is scaled `by` it over something."""
+    return setting(default, f"Strength of the update: it is scaled by {by}.", label="Alpha", gt=0, sweepable=True)
+
+
+def share(help: str = "Share of the adapter's inputs dropped in training.") -> Any:
+    """A dropout, 0 by default."""
+    return setting(0.0, help, label="Dropout", ge=0, lt=1, sweepable=True)
+
+
+def pattern(what: str) -> Any:
+    """Another value of a setting for some modules."""
+    return detail(help=f"Another {what} for some modules: a name or regular expression and its {what}.", factory=dict)
+
+
+def unchanged(help: str = "Start without a change. False: start random, for tests.", **metadata: Any) -> Any:
+    """The field `init_weights` of a method that can start without changing the model."""
+    return detail(**{"default": True, "help": help, "label": "Initialisation", **metadata})
