@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.modules.pretrained import forget_quantisation, untie_head
 from nbtune.modules.quantised import MergeReport
 from nbtune.peft import checkpoint, combination, inject, prompt
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, adapter_folder, did_you_mean
@@ -309,9 +310,9 @@ class PeftModel(nn.Module):
             layer.keep_merged()
         self._take_all_out()
         if isinstance(base, PreTrainedModel):
-            _untie_head(base)
+            untie_head(base)
             if reports and not requantise:
-                _forget_quantisation(base)
+                forget_quantisation(base)
         return base
 
     def unload(self) -> nn.Module:
@@ -557,20 +558,3 @@ def _tie_again(layers: Sequence[AdapterLayer]) -> None:
         twin = first.setdefault(weight, layer.base_layer)
         if twin is not layer.base_layer and torch.equal(layer.base_layer.weight, twin.weight):
             layer.base_layer.weight = twin.weight
-
-
-def _untie_head(base: PreTrainedModel) -> None:
-    """Say in the model's config that a merged head is no longer its embedding, or saving would drop it."""
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = base.config.get_text_config().tie_word_embeddings
-    if tied and head is not None and torch.is_tensor(head.weight) and head.weight is not embedding.weight:
-        base.config.get_text_config().tie_word_embeddings = False
-        base.config.tie_word_embeddings = False
-        warnings.warn("The output head was merged and is no longer tied to the embedding.", stacklevel=3)
-
-
-def _forget_quantisation(base: PreTrainedModel) -> None:
-    """Say in the model's config that its weights are plain again, or saving would call them quantised."""
-    vars(base.config).pop("quantization_config", None)
-    base.is_quantized = False
-    base.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue] - set by transformers itself
