@@ -116,7 +116,7 @@ def combine(
     combined_rank([len(A) for A, _, _ in factors], combination_type)
     like_A, like_B, _ = factors[0]
     if like_A.is_meta:
-        return LowRank(_padded(like_A, 0, rank), _padded(like_B, 1, rank), 1.0)
+        return LowRank(padded(like_A, 0, rank), padded(like_B, 1, rank), 1.0)
     dtype = torch.float64 if like_A.dtype is torch.float64 else torch.float32
     As = [A.to(dtype).flatten(1) for A, _, _ in factors]  # [r, in * kernel]
     Bs = [B.to(dtype).flatten(1) for _, B, _ in factors]  # [out, r]
@@ -139,7 +139,7 @@ def combine(
         roots = [math.sqrt(abs(scale)) for scale in scales]
         A = _merged(As, [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)], *how)
         B = _merged(Bs, roots, *how)
-    A, B = _padded(A, 0, rank).to(like_A.dtype), _padded(B, 1, rank).to(like_B.dtype)
+    A, B = padded(A, 0, rank).to(like_A.dtype), padded(B, 1, rank).to(like_B.dtype)
     return LowRank(A.reshape(rank, *like_A.shape[1:]), B.reshape(len(B), rank, *like_B.shape[2:]), 1.0)
 
 
@@ -180,7 +180,7 @@ def _truncated_svd(matrix: Tensor, rank: int, clamp: float | None, driver: str |
     return A, B
 
 
-def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
+def padded(factor: Tensor, dim: int, rank: int) -> Tensor:
     """The factor with zeros behind, up to the rank."""
     missing = [rank - size if i == dim else size for i, size in enumerate(factor.shape)]
     return torch.cat([factor, factor.new_zeros(missing)], dim)

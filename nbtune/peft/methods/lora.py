@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from nbtune.errors import AdapterError
 from nbtune.kernels import low_rank_inits as inits
 from nbtune.kernels.low_rank import LowRank, combine
+from nbtune.kernels.low_rank_update import add_low_rank, add_low_rank_by_row, row_norms
 from nbtune.modules import quantised
-from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, weight_of, zeros
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, refuse_groups, weight_of, zeros
 from nbtune.modules.loftq import loftq
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
@@ -63,7 +64,7 @@ class Lora(Adapter):
             return LoraEmbedding.create(base, config, path, shared)  # type: ignore[return-value]
         if cls is Lora and isinstance(base, CONVOLUTIONS):
             return LoraConv.create(base, config, path, shared)  # type: ignore[return-value]
-        cls._check(base, config, path)
+        _check(base, config, path)
         r = of_pattern(config.rank_pattern, path, config.r)
         alpha = of_pattern(config.alpha_pattern, path, config.lora_alpha)
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
@@ -87,13 +88,6 @@ class Lora(Adapter):
         more = (adapter.start_A, adapter.base_change, adapter.lora_bias, adapter.magnitude)
         adapter.plain = adapter.plain and all(part is None for part in more)
         return adapter
-
-    @classmethod
-    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
-        init = config.init_lora_weights
-        if init == "loftq" and quantised.is_quantised(base):
-            message = f"{path} is quantised already, and LoftQ needs the weight that it was made of."
-            raise AdapterError("LoftQ needs the original weight", message, "See replace_lora_weights_loftq.")
 
     @staticmethod
     def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
@@ -120,17 +114,7 @@ class Lora(Adapter):
             return self._forward(x, y, base)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        if A.dtype is not x.dtype:
-            A = A.to(x.dtype)
-        if B.dtype is not y.dtype:
-            B = B.to(y.dtype)
-        out, r = B.shape
-        hidden = F.linear(x, A).reshape(-1, r)  # [tokens, r]
-        # addmm scales and accumulates in the matmul itself: no activation-sized product, no separate addition.
-        if torch.is_grad_enabled() or not y.is_contiguous():
-            return torch.addmm(y.reshape(-1, out), hidden, B.t(), alpha=self.scaling).view_as(y)
-        y.view(-1, out).addmm_(hidden, B.t(), alpha=self.scaling)
-        return y
+        return add_low_rank(y, x, A, B, self.scaling)
 
     def _forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
         """The same with all that LoRA can have beside A and B."""
@@ -161,17 +145,16 @@ class Lora(Adapter):
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A and B as matrices, with the start subtracted where there is one."""
         A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
-        return (
-            (A, B) if self.start_A is None else inits.as_plain(A, B, self.start_A.flatten(1), self.start_B.flatten(1))
-        )
+        if self.start_A is None:
+            return A, B
+        return inits.as_plain(A, B, self.start_A.flatten(1), self.start_B.flatten(1))
 
     def _norm(self, base: Any) -> Tensor:
-        """|W + s B A| of each row, without that matrix: |W|^2 + 2 s W . B A + s^2 |B A|^2."""
+        """The norm [out] of each row of W + s B A."""
         W = self._oriented(weight_of(base)).flatten(1).to(self.lora_A.dtype)
         W = W if self.base_change is None else W + self.base_change.flatten(1)
-        A, B = (factor.detach() for factor in self._factors())
-        squares = W.square().sum(1) + 2 * self.scaling * ((W @ A.T) * B).sum(1)
-        return (squares + self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)).sqrt()
+        A, B = self._factors()
+        return row_norms(W, A.detach(), B.detach(), self.scaling)
 
     def _stretch(self, base: nn.Module) -> Tensor:
         """DoRA's factor of each row, [out]. Its section 4.3: the norm counts as a constant in the backward pass."""
@@ -205,7 +188,7 @@ class Lora(Adapter):
 
     @classmethod
     def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y_b + s_b B_b A_b x_b for every row b, in two batched products."""
+        """Return y_b + s_b B_b A_b x_b for every row b, in two batched products."""
         first = adapters[0]
         if not first.plain:
             return super().forward_rows(adapters, group, x, y, base)
@@ -213,21 +196,8 @@ class Lora(Adapter):
             x = F.dropout(x, first.dropout)
         all_A: list[Any] = [adapter._parameters["lora_A"] for adapter in adapters]
         all_B: list[Any] = [adapter._parameters["lora_B"] for adapter in adapters]
-        ranks = {A.shape[0] for A in all_A}
-        if len(ranks) > 1:
-            all_A, all_B = [_padded(A, max(ranks), 0) for A in all_A], [_padded(B, max(ranks), 1) for B in all_B]
-        scaling = first.scaling
-        if any(adapter.scaling != scaling for adapter in adapters):
-            all_B, scaling = [adapter.scaling * B for adapter, B in zip(adapters, all_B, strict=True)], 1.0
-        A, B = torch.stack(all_A).to(x.dtype), torch.stack(all_B).to(y.dtype)  # [adapters, r, in], [adapters, out, r]
-        if not group.in_order:
-            A, B = A[group.index], B[group.index]
-        rows, width = len(group.which), y.shape[-1]
-        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A.mT)  # [rows, tokens, r]
-        if torch.is_grad_enabled() or not y.is_contiguous():
-            return torch.baddbmm(y.reshape(rows, -1, width), hidden, B.mT, alpha=scaling).view_as(y)
-        y.view(rows, -1, width).baddbmm_(hidden, B.mT, alpha=scaling)
-        return y
+        scalings = [adapter.scaling for adapter in adapters]
+        return add_low_rank_by_row(y, x, all_A, all_B, scalings, None if group.in_order else group.index)
 
     def low_rank(self) -> LowRank:
         """Its update as factors, for add_weighted_adapter. Raises AdapterError where it is more than s B A."""
@@ -251,13 +221,6 @@ class Lora(Adapter):
 class LoraConv(Lora):
     """LoRA on a convolution: A [r, in, *kernel] with the layer's stride and padding, then B [out, r, 1, ...]."""
 
-    @classmethod
-    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
-        super()._check(base, config, path)
-        if base.groups != 1:
-            message = f"{path} is a convolution in {base.groups} groups; LORA adapts only those with one."
-            raise AdapterError("Grouped convolution", message, "Leave it out of target_modules.")
-
     def _product(self, x: Tensor, base: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         hidden = apply_weight(base, x, A)  # [batch, r, ...]
         return torch.einsum("br...,or->bo...", hidden, B.flatten(1).to(hidden.dtype))
@@ -271,17 +234,10 @@ class LoraEmbedding(Lora):
     """LoRA on an embedding: A [r, vocabulary], B [dim, r]; a token's update is s B A[:, token]."""
 
     file_names: ClassVar[dict[str, str]] = {
+        **Lora.file_names,
         "lora_A": "lora_embedding_A",
         "lora_B": "lora_embedding_B",
-        "magnitude": "lora_magnitude_vector",
     }
-
-    @classmethod
-    def _check(cls, base: nn.Module, config: LoraConfig, path: str) -> None:
-        super()._check(base, config, path)
-        if config.lora_bias:
-            message = f"{path} is an embedding, which has no bias."
-            raise AdapterError("lora_bias", message, "Leave it out, or switch lora_bias off.")
 
     @staticmethod
     def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
@@ -298,7 +254,11 @@ class LoraEmbedding(Lora):
         return F.linear(apply_weight(base, x, A.t()).to(dtype), B.to(dtype))  # with the base's scale of embeddings
 
 
-def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
-    """The tensor with zeros to `rank` at the end of a dimension."""
-    missing = rank - tensor.shape[dim]
-    return tensor if not missing else F.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
+def _check(base: nn.Module, config: LoraConfig, path: str) -> None:
+    refuse_groups(base, path)
+    if config.lora_bias and isinstance(base, nn.Embedding):
+        message = f"{path} is an embedding, which has no bias."
+        raise AdapterError("lora_bias", message, "Leave it out, or switch lora_bias off.")
+    if config.init_lora_weights == "loftq" and quantised.is_quantised(base):
+        message = f"{path} is quantised already, and LoftQ needs the weight that it was made of."
+        raise AdapterError("LoftQ needs the original weight", message, "See replace_lora_weights_loftq.")
