@@ -193,6 +193,20 @@ class TrainingSpec(_Part):
         advanced=True,
         sweepable=True,
     )
+    optim: Literal["adamw_torch_fused", "lorafa"] = _field(
+        "adamw_torch_fused",
+        help="The optimiser: AdamW, or LoRA-FA, which trains only LoRA's B, with a rescaled gradient.",
+        label="Optimiser",
+        advanced=True,
+    )
+    loraplus_lr_ratio: float | None = _field(
+        None,
+        help="LoRA+: LoRA's B learns so many times as fast as its A, such as 16; none trains both alike.",
+        label="LoRA+ ratio",
+        gt=0,
+        advanced=True,
+        sweepable=True,
+    )
     weight_decay: float = _field(0.0, help="AdamW weight decay.", ge=0, lt=1, advanced=True, sweepable=True)
     max_grad_norm: float = _field(1.0, help="Clip the gradient's norm to this; 0 does not clip.", ge=0, advanced=True)
     adam_beta1: float = _field(0.9, help="AdamW: decay of the gradient average.", ge=0, lt=1, advanced=True)
@@ -274,6 +288,11 @@ class RunSpec(_Part):
             raise ValueError("training.max_steps is 0; give the number of steps, or -1 for whole epochs")
         if self.method == "full" and self.model.quantised_bytes is not None:
             raise ValueError("method is full, which cannot train quantised weights (model.load_in_4bit, load_in_8bit)")
+        fast, only_b = self.training.loraplus_lr_ratio is not None, self.training.optim == "lorafa"
+        if fast and (only_b or self.method == "full"):
+            raise ValueError("training.loraplus_lr_ratio is for adapters, and not together with optim lorafa")
+        if only_b and self.method_name != "lora":
+            raise ValueError(f"training.optim is lorafa, which trains LORA; method is {self.method_name}")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a resume needs, in safetensors and JSON.
 
 checkpoints/step-00000020/
-weights.safetensors     the trained parameters, by name, as they are in memory
+weights.safetensors     the trained parameters, by name, as they are in memory, and what a method follows (AdaLoRA)
 optimizer.safetensors   AdamW's averages and step counts, by parameter name
 state.json              the step; with the spec's seed it fixes the learning rate, the data position and the
 random numbers, which are all functions of (seed, step)
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nbtune._files import atomic_folder
@@ -25,7 +25,7 @@ from nbtune.errors import RunError
 FORMAT = 1
 
 
-def save(folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, keep: int) -> Path:
+def save(folder: Path, step: int, parameters: Mapping[str, Tensor], optimizer: Optimizer, keep: int) -> Path:
     """Write the checkpoint of `step` (optimiser steps done) under `folder` and drop all but the newest `keep`.
 
     Writing the step that is already there is a no-op: a checkpoint is a function of the step.
@@ -61,7 +61,7 @@ def step_of(path: Path) -> int:
 
 
 @torch.no_grad()
-def load(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> int:
+def load(path: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> int:
     """Put the checkpoint at `path` into `parameters` and `optimizer`, bit for bit; returns the steps done."""
     step = step_of(path)
     weights = load_file(path / "weights.safetensors")
@@ -85,7 +85,7 @@ def load(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimize
     return step
 
 
-def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
     names = _optimizer_names(parameters, optimizer)
     return {
         f"{names[index]}:{key}": value.detach().cpu().contiguous()
@@ -94,7 +94,7 @@ def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimi
     }
 
 
-def _optimizer_names(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
+def _optimizer_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> list[str]:
     """The parameters' names in the order in which `optimizer` numbers them."""
     name_of = {parameter: name for name, parameter in parameters.items()}
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]

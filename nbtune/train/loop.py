@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from nbtune.data import Batch, Batches, Example, collate
 from nbtune.data.packing import IGNORED
 from nbtune.errors import NbtuneError
+from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, trim_heap, used_bytes
-from nbtune.train.optim import adamw, learning_rate
+from nbtune.train.optim import build_optimizer, learning_rate
 
 OnEvent = Callable[[Event], None]
 
@@ -79,6 +80,7 @@ def eval_batches(examples: Sequence[Example], training: TrainingSpec, virtual_to
 
 def train(
     loss_model: CausalLMLoss,
+    adapted: PeftModel | None,
     schedule: Schedule,
     held_out: list[Batch],
     training: TrainingSpec,
@@ -93,6 +95,7 @@ def train(
 
     Args:
         loss_model: The model and its loss, on the CPU or the device that `accelerate` chooses.
+        adapted: The same model with its adapter; None where every weight is trained.
         schedule: The training batches of every step.
         held_out: The held-out batches; may be empty.
         training: The settings.
@@ -107,13 +110,16 @@ def train(
     """
     accelerator = Accelerator()
     device = accelerator.device
+    optimizer = build_optimizer(loss_model, adapted, training)
     parameters = {name: p for name, p in loss_model.named_parameters() if p.requires_grad}
-    optimizer = adamw(parameters.items(), training)
+    # What AdaLoRA remembers of the steps so far.
+    followed = {name: buffer for name, buffer in loss_model.named_buffers() if ".importance_" in name}
+    state = {**parameters, **followed}
     total_steps = schedule.total_steps
 
     start = 0
     if saved := checkpoint.checkpoints(checkpoints):
-        start = checkpoint.load(saved[-1], parameters, optimizer)
+        start = checkpoint.load(saved[-1], state, optimizer)
     model, optimizer = accelerator.prepare(loss_model, optimizer)
     precision = _precision(loss_model, device, compute_dtype)
 
@@ -128,7 +134,7 @@ def train(
         micro_batches = schedule.micro_batches(step)
         num_items = sum(_supervised(batch) for batch in micro_batches)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, training)
+            group["lr"] = group["lr_ratio"] * learning_rate(step, total_steps, training)
 
         loss = torch.zeros((), device=device)
         for index, batch in enumerate(micro_batches):
@@ -136,14 +142,17 @@ def train(
                 break
             with _seeded(training.seed, step, index, device), precision():
                 part = model(**_tensors(batch, device), num_items=num_items)
-            accelerator.backward(part)
             loss += part.detach()
+            penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
+            accelerator.backward(part if penalty is None else part + penalty)
         if stopped:
             break
 
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
         assert grad_norm is not None
         optimizer.step()
+        if adapted is not None:
+            adapted.update_and_allocate(step)
         optimizer.zero_grad()
         if device.type == "cpu":
             trim_heap()
@@ -171,8 +180,8 @@ def train(
         if last or (training.eval_steps and done % training.eval_steps == 0):
             _evaluate(model, held_out, precision, done, on_event)
         if not last and training.save_steps and done % training.save_steps == 0:
-            _save(checkpoints, done, parameters, optimizer, training, on_event)
-    _save(checkpoints, done, parameters, optimizer, training, on_event)
+            _save(checkpoints, done, state, optimizer, training, on_event)
+    _save(checkpoints, done, state, optimizer, training, on_event)
     accelerator.free_memory()
     return Outcome(done, stopped)
 
@@ -201,12 +210,12 @@ def _evaluate(
 def _save(
     folder: Path,
     step: int,
-    parameters: dict[str, nn.Parameter],
+    state: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     training: TrainingSpec,
     on_event: OnEvent,
 ) -> None:
-    path = checkpoint.save(folder, step, parameters, optimizer, training.save_total_limit)
+    path = checkpoint.save(folder, step, state, optimizer, training.save_total_limit)
     on_event({"type": "checkpoint", "step": step, "path": path.name})
 
 

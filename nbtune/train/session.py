@@ -17,6 +17,7 @@ from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
 from nbtune.models import LoadedModel, attach_adapter, compute_dtype, default_device, load
 from nbtune.peft import PeftModel
+from nbtune.peft.configs.lora import AdaLoraConfig
 from nbtune.plan import plan
 from nbtune.spec import ModelSpec, RunSpec
 from nbtune.train import checkpoint
@@ -62,11 +63,12 @@ def _train(
     for reason, count in dataset.dropped.items():
         on_event({"type": "warning", "message": f"{count} rows were left out: {reason}"})
 
-    adapted = _attach(loaded.model, spec)
     schedule = Schedule(dataset.train, spec.training, spec.virtual_tokens)
+    adapted = _attach(loaded.model, _with_steps(spec, schedule.total_steps))
     on_event(_start_event(spec, loaded, dataset, schedule))
     outcome = train(
         CausalLMLoss(loaded.model),
+        adapted,
         schedule,
         eval_batches(dataset.eval, spec.training, spec.virtual_tokens),
         spec.training,
@@ -86,6 +88,13 @@ def _model_spec(spec: RunSpec) -> ModelSpec:
     if spec.method == "full" and spec.model.dtype == "auto":
         return spec.model.model_copy(update={"dtype": "float32"})
     return spec.model
+
+
+def _with_steps(spec: RunSpec, total_steps: int) -> RunSpec:
+    """The spec with an AdaLoRA that knows how many steps there are."""
+    if not isinstance(spec.method, AdaLoraConfig) or spec.method.total_step is not None:
+        return spec
+    return spec.model_copy(update={"method": spec.method.replace(total_step=total_steps)})
 
 
 def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:

@@ -1,0 +1,149 @@
+"""Optimisers that treat LoRA's two factors differently, under PEFT's names (`peft.optimizers`).
+
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns faster than A.
+LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it is, so the inputs of A need not be kept for the backward
+pass; B's gradient is rescaled to what a trained weight would get: g_B (A A')^-1 / s^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nbtune.errors import AdapterError
+from nbtune.peft.config import invalid
+from nbtune.peft.methods.lora import Lora, LoraEmbedding
+from nbtune.peft.model import PeftModel
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimiser of a class, with four groups: A and matrices, LoRA on embeddings, B, and vectors.
+
+    B and vectors learn with lr * loraplus_lr_ratio. Biases and the weights of LayerNorms do not decay.
+    """
+    if loraplus_lr_ratio <= 0:
+        raise invalid("loraplus_lr_ratio", loraplus_lr_ratio, "must be more than 0")
+    embeddings = _parameters_of(model, (LoraEmbedding,))
+    norms = _parameters_of(model, (nn.LayerNorm,))
+    slow, embedded, fast, vectors = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in embeddings:
+            embedded.append(parameter)
+        elif "lora_B" not in name and parameter.ndim != 1:
+            slow.append(parameter)
+        else:
+            (vectors if "bias" in name or parameter in norms else fast).append(parameter)
+    rate = lr * loraplus_lr_ratio
+    groups = [
+        {"params": slow, "weight_decay": loraplus_weight_decay, "lr": lr},
+        {"params": embedded, "weight_decay": loraplus_weight_decay, "lr": loraplus_lr_embedding},
+        {"params": fast, "weight_decay": loraplus_weight_decay, "lr": rate},
+        {"params": vectors, "weight_decay": 0.0, "lr": rate},
+    ]
+    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+def _parameters_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[nn.Parameter]:
+    return {p for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+
+
+def create_lorafa_optimizer(
+    model: PeftModel,
+    r: int,  # noqa: ARG001 - PEFT's, as is the next
+    lora_alpha: float,  # noqa: ARG001
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+) -> LoraFAOptimizer:
+    """LoRA-FA for all that is trained in a model; freezes its LoRA's A.
+
+    `r`, `lora_alpha` and `use_rslora` are PEFT's; each layer's own scale counts. Raises AdapterError where
+    `use_rslora` is not what the active adapters have.
+    """
+    wrong = [name for name in model.active_adapters if use_rslora not in (None, _is_rslora(model, name))]
+    if wrong:
+        message = f"use_rslora is {use_rslora}; the adapters {', '.join(wrong)} were made otherwise."
+        raise AdapterError("use_rslora differs", message, "Leave it out: the adapters know their scale.")
+    partners: dict[nn.Parameter, tuple[Tensor, float]] = {}
+    for module in model.modules():
+        if isinstance(module, Lora) and module.lora_B.requires_grad:
+            module.lora_A.requires_grad_(False)
+            partners[module.lora_B] = (module.lora_A, module.scaling)
+    if not partners:
+        raise AdapterError("No LoRA to train", "LoRA-FA trains LoRA's B.", "Use it with a LoraConfig.")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return LoraFAOptimizer(trained, partners, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _is_rslora(model: PeftModel, name: str) -> bool:
+    return bool(model.peft_config[name].to_dict().get("use_rslora", False))
+
+
+class LoraFAOptimizer(Optimizer):
+    """AdamW as transformers once had it, with the gradients of LoRA's B rescaled; `partners` are their A and scale."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        partners: dict[nn.Parameter, tuple[Tensor, float]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.partners = partners
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, self._gradient(parameter), group)
+        return loss
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient, of a B [out, r] times (A A' + 1e-8)^-1 / s^2; in fp32, where PEFT takes bf16."""
+        assert parameter.grad is not None
+        if parameter not in self.partners:
+            return parameter.grad
+        A, scaling = self.partners[parameter]
+        A = A.flatten(1)
+        gram = A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype, device=A.device)
+        gradient = parameter.grad.flatten(1) @ torch.linalg.pinv(gram) / scaling**2
+        return gradient.view_as(parameter)
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        steps, (beta1, beta2) = int(state["step"]), group["betas"]
+        state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        rate = group["lr"] * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps)
+        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
