@@ -73,7 +73,9 @@ def packed_attention(
     borders = cu_seq_lens_q.tolist()
     grouped = key.shape[1] != query.shape[1]
     outputs = []
-    before = prefix[int(module.layer_idx)] if prefix is not None else None  # pyright: ignore[reportArgumentType]
+    before = None
+    if prefix is not None:
+        before = [tensor.to(key.dtype) for tensor in prefix[int(module.layer_idx)]]  # pyright: ignore[reportArgumentType]
     for start, end in itertools.pairwise(borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         if before is not None:

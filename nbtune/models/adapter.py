@@ -24,8 +24,9 @@ def attach_adapter(model: PreTrainedModel, spec: RunSpec) -> PeftModel:
 
     method = spec.method
     assert method != "full"
-    begins_with_text = isinstance(method, PromptTuningConfig) and method.prompt_tuning_init == PromptTuningInit.TEXT
-    if not begins_with_text or method.tokenizer_name_or_path:
+    if not isinstance(method, PromptTuningConfig) or method.tokenizer_name_or_path:
+        return get_peft_model(model, method)
+    if method.prompt_tuning_init != PromptTuningInit.TEXT:
         return get_peft_model(model, method)
     folder = fetch(resolve(spec.model), with_weights=False)
     adapted = get_peft_model(model, method.replace(tokenizer_name_or_path=str(folder)))

@@ -307,3 +307,15 @@ def test_rows_have_room_for_the_prompts():
     sizes = [sum(lengths[index] + 6 for index in row) for row in rows]
     assert max(sizes) == 70
     assert any(len(row) > 1 for row in rows)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_bfloat16_base_stays_bfloat16(method):
+    model, row = adapted_model("Llama", CONFIGS[method]).train(), packed_row()
+    expected = packed_loss(model, row).item()
+    base = model.get_base_model()
+    for name, parameter in base.named_parameters():
+        parameter.data = parameter.data if ".adapters." in name else parameter.data.to(torch.bfloat16)
+    loss = packed_loss(model, row)
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+    assert all(gradient.dtype is torch.float32 for gradient in gradients(model, loss).values())

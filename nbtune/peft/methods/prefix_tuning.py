@@ -73,7 +73,7 @@ class PrefixTuning(Prompt):
     @classmethod
     def packed(cls, prompted: Prompted, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
         prefix: Any = prompted.prompts[0]
-        pairs = prefix.keys_and_values(prompted.tokens(1).to(prompted.model.dtype))
+        pairs = prefix.keys_and_values(prompted.tokens(1))
         positions = arguments["position_ids"] + prompted.length
         return {**arguments, "position_ids": positions, "prefix": pairs}, slice(None)
 
