@@ -14,6 +14,7 @@ import difflib
 import functools
 import importlib
 import json
+import operator
 import re
 import typing
 import warnings
@@ -104,7 +105,6 @@ class PeftConfig:
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of a newer file, kept as they came
-
     modules_to_save: list[str] | None = detail(
         None,
         "Modules to train in full and to save with the adapter, such as a new classification head.",
@@ -141,8 +141,7 @@ class PeftConfig:
     def changes(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
         default = type(self)()
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(default, name)}
+        return {name: value for name, value in vars(self).items() if value != vars(default)[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
@@ -216,12 +215,8 @@ class LayerConfig(PeftConfig):
         "Modules to adapt: names (endings of module paths), a regular expression over whole paths, or all-linear "
         "(every linear layer but the output head). None: what PEFT adapts in such a model, or all of its blocks.",
     )
-    exclude_modules: list[str] | str | None = detail(
-        None, "Modules to leave alone: names or a regular expression, matched like target modules."
-    )
-    layers_to_transform: list[int] | int | None = detail(
-        None, "Adapt only the blocks with these numbers, counted from 0."
-    )
+    exclude_modules: list[str] | str | None = detail(None, "Modules to leave alone, matched like target modules.")
+    layers_to_transform: list[int] | int | None = detail(None, "Adapt only the blocks of these numbers, from 0.")
     layers_pattern: list[str] | str | None = detail(
         None, "Name of the list of blocks that layers_to_transform counts in, such as layers or h."
     )
@@ -250,9 +245,8 @@ class LayerConfig(PeftConfig):
         check_regex("exclude_modules", self.exclude_modules)
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern]:
             check_regex("layers_pattern", pattern)
-        blocks = {"layers_to_transform": self.layers_to_transform, "layers_pattern": self.layers_pattern}
-        for name, value in blocks.items():
-            if value is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if vars(self)[name] is not None and isinstance(targets, str) and targets.lower() != "all-linear":
                 message = f"{name} is set, but target_modules is the text {targets!r}."
                 remedy = "Give target_modules as a list, or put the layers in the regex."
                 raise AdapterError(f"{name} needs names", message, remedy)
@@ -268,8 +262,8 @@ class LayerConfig(PeftConfig):
     @property
     def patterns(self) -> dict[str, dict[str, Any]]:
         """The settings that give some modules another value, by name: {"rank_pattern": {"q_proj": 4}}."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if name.endswith("_pattern") and isinstance(value, dict)}
+        values = vars(self).items()
+        return {name: value for name, value in values if name.endswith("_pattern") and isinstance(value, dict)}
 
 
 class BiasedConfig(LayerConfig):
@@ -309,12 +303,10 @@ class PromptLearningConfig(PeftConfig):
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The config class of a method, by PEFT's name of it in any case. Raises AdapterError for an unknown one."""
-    known = ", ".join(PeftType)
-    if not peft_type:
-        raise AdapterError("No method", "There is no peft_type.", f"nbtune knows {known}.")
     if peft_type.upper() not in list(PeftType):
-        remedy = f"nbtune knows {known}, and 'full' for a run that trains every weight."
-        raise AdapterError("Unknown method", f"peft_type is {peft_type!r}.", remedy)
+        message = f"peft_type is {peft_type!r}." if peft_type else "There is no peft_type."
+        remedy = f"nbtune knows {', '.join(PeftType)}, and 'full' for a run that trains every weight."
+        raise AdapterError("Unknown method", message, remedy)
     method = PeftType(peft_type.upper())
     return vars(importlib.import_module(f"nbtune.peft.configs.{method.family}"))[method.config]
 
@@ -342,9 +334,8 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         # Both weight files are asked for, so that a repository with only a pickle is told from one without weights.
-        found = snapshot_download(
-            repository, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
-        )
+        files = [CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
+        found = snapshot_download(repository, revision=revision, allow_patterns=files)
     except (OSError, ValueError) as error:  # what huggingface_hub raises: no such repository, no network, bad id
         message = f"There is no folder {repository}, and the hub says: {error}"
         raise AdapterError("No such adapter", message, "Check the name, or the network.") from error
@@ -362,12 +353,7 @@ def invalid(name: str, value: Any, must: str) -> AdapterError:
     return AdapterError(f"Invalid {name}", f"{name} is {value!r}; it {must}.")
 
 
-_LIMITS: dict[str, tuple[typing.Callable[[Any, Any], bool], str]] = {
-    "ge": (lambda value, limit: value >= limit, "at least"),
-    "gt": (lambda value, limit: value > limit, "more than"),
-    "le": (lambda value, limit: value <= limit, "at most"),
-    "lt": (lambda value, limit: value < limit, "less than"),
-}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # names of `operator`
 
 
 def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> None:
@@ -386,8 +372,8 @@ def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> 
         _validator(cls, name).validate_python(value)
     except ValidationError as error:
         raise invalid(name, value, f"must be of type {field.type}") from error
-    for key, (holds, words) in _LIMITS.items():
-        if key in meta and value is not None and not holds(value, meta[key]):
+    for key, words in _LIMITS.items():
+        if key in meta and value is not None and not vars(operator)[key](value, meta[key]):
             raise invalid(name, value, f"must be {words} {meta[key]}")
 
 
