@@ -14,8 +14,8 @@ can be run again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.modules.checkpointing import recomputed_within
 from nbtune.modules.pretrained import forget_quantisation, untie_head
 from nbtune.modules.quantised import MergeReport
 from nbtune.peft import checkpoint, combination, inject, prompt
@@ -62,7 +63,6 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
 
 class _Base(nn.Module):
     """Holds the base model as `.model`, so that paths read `base_model.model.<path>` as they do in PEFT."""
-
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -460,34 +460,20 @@ class PeftModel(nn.Module):
             )
         self._check_known([name for name in names if name != BASE])
         self._refuse_merged(self._state.merged)
-        rows = self._state.rows = Rows(names)
+        state, rows = self._state, Rows(names)
+
+        @contextmanager
+        def with_rows() -> Iterator[None]:
+            before, state.rows = state.rows, rows
+            try:
+                yield
+            finally:
+                state.rows = before
+
         # Gradient checkpointing runs blocks again in the backward pass, when these rows are over.
-        modules = self.get_base_model().modules() if self.training and torch.is_grad_enabled() else ()
-        checkpointed = [module for module in modules if vars(module).get("gradient_checkpointing", False)]
-        originals = [module._gradient_checkpointing_func for module in checkpointed]
-        for module, original in zip(checkpointed, originals, strict=True):
-            module._gradient_checkpointing_func = self._remembering(rows, original)  # type: ignore[assignment]
-        try:
+        recomputes = self.training and torch.is_grad_enabled()
+        with with_rows(), recomputed_within(self.get_base_model(), with_rows) if recomputes else nullcontext():
             yield
-        finally:
-            self._state.rows = None
-            for module, original in zip(checkpointed, originals, strict=True):
-                module._gradient_checkpointing_func = original
-
-    def _remembering(self, rows: Rows, checkpoint_function: Any) -> Callable[..., Any]:
-        """A checkpointing function whose blocks see these rows whenever they run."""
-
-        def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def with_rows(*args: Any, **kwargs: Any) -> Any:
-                before, self._state.rows = self._state.rows, rows
-                try:
-                    return block(*args, **kwargs)
-                finally:
-                    self._state.rows = before
-
-            return checkpoint_function(with_rows, *args, **kwargs)
-
-        return checkpointed
 
     def train(self, mode: bool = True) -> Self:
         """Set training or eval mode. Warns where the active adapters are frozen, so that training would do nothing."""

@@ -11,7 +11,7 @@ Works on the meta device too, so that a config can be checked before any weight 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,6 +21,7 @@ from nbtune.errors import AdapterError
 from nbtune.modules import structure
 from nbtune.modules.base import LINEARS
 from nbtune.modules.defaults import default_feedforward, default_targets
+from nbtune.modules.paths import ends_with, in_layers, of_end, shortest_names
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, TaskType, did_you_mean
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.configs.vectors import IA3Config
@@ -66,13 +67,13 @@ def find_targets(model: nn.Module, config: LayerConfig) -> list[str]:
     places = walk(model)
     for name, names in (("target_modules", config.target_modules), ("modules_to_save", config.modules_to_save)):
         for entry in names if isinstance(names, list) else []:
-            if entry not in _task_heads(config) and not any(_ends_with(path, [entry]) for path in places):
+            if entry not in _task_heads(config) and not any(ends_with(path, [entry]) for path in places):
                 raise _no_match(name, entry, places)
     config = resolve(model, config, places)
     paths = matching(config, places)
     for name, patterns in config.patterns.items():
         for pattern in patterns:
-            if not any(_of_end(pattern, path) for path in paths):
+            if not any(of_end(pattern, path) for path in paths):
                 raise _no_match(name, pattern, paths)
     return paths
 
@@ -127,18 +128,14 @@ def saved_modules(config: LayerConfig | PromptLearningConfig, places: Iterable[s
 
 def of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module path, or the default."""
-    return next((value for pattern, value in patterns.items() if _of_end(pattern, path)), default)
-
-
-def _of_end(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return next((value for pattern, value in patterns.items() if of_end(pattern, path)), default)
 
 
 def _is_target(path: str, config: LayerConfig) -> bool:
     exclude, targets = config.exclude_modules, config.target_modules
     if isinstance(exclude, str) and exclude and re.fullmatch(exclude, path):
         return False
-    if isinstance(exclude, list) and _ends_with(path, exclude):
+    if isinstance(exclude, list) and ends_with(path, exclude):
         return False
     if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ()):
         return False
@@ -146,25 +143,7 @@ def _is_target(path: str, config: LayerConfig) -> bool:
         return re.fullmatch(targets, path) is not None
     if path in (targets or ()):  # a full path is meant whatever its block
         return True
-    return _ends_with(path, targets or ()) and _in_layers(path, config)
-
-
-def _ends_with(path: str, names: Sequence[str]) -> bool:
-    """Whether a path is one of the names, or ends in one of them at a dot."""
-    return path in names or path.endswith(tuple(f".{name}" for name in names))
-
-
-def _in_layers(path: str, config: LayerConfig) -> bool:
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    # The first number counts: a later one is that of an expert in its block.
-    searches = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or ()]
-    match = next(
-        (match for search in searches or [r".*?\.[^.]*\.(?P<index>\d+)\."] if (match := re.match(search, path))), None
-    )
-    return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return ends_with(path, targets or ()) and in_layers(path, config.layers_to_transform, config.layers_pattern)
 
 
 def _default_names(model: nn.Module, config: LayerConfig, places: dict[str, Place]) -> list[str] | None:
@@ -172,7 +151,7 @@ def _default_names(model: nn.Module, config: LayerConfig, places: dict[str, Plac
     known = default_targets(config.peft_type, _model_type(model))
     if isinstance(known, str):
         known = shortest_names([path for path in places if re.fullmatch(known, path)], places)
-    names = [name for name in known or [] if any(_ends_with(path, [name]) for path in places)]
+    names = [name for name in known or [] if any(ends_with(path, [name]) for path in places)]
     if names or _names_parameters(config):
         return names or None
     modules = {path: place.module for path, place in places.items()}
@@ -210,9 +189,9 @@ def _feedforward_names(model: nn.Module, config: LayerConfig, places: dict[str, 
         return []
     if isinstance(config.target_modules, list):
         others = [path for path in paths if path not in of_feedforward]
-        targets = [name for name in config.target_modules if not any(_ends_with(path, [name]) for path in others)]
-        if all(_ends_with(path, targets) for path in of_feedforward):
-            return [name for name in targets if any(_ends_with(path, [name]) for path in of_feedforward)]
+        targets = [name for name in config.target_modules if not any(ends_with(path, [name]) for path in others)]
+        if all(ends_with(path, targets) for path in of_feedforward):
+            return [name for name in targets if any(ends_with(path, [name]) for path in of_feedforward)]
     return f".*({'|'.join(map(re.escape, names))})"
 
 
@@ -242,18 +221,6 @@ def _all_linear(model: nn.Module, places: dict[str, Place], config: LayerConfig)
 
 def _task_heads(config: PeftConfig) -> tuple[str, ...]:
     return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
-
-
-def shortest_names(paths: list[str], places: dict[str, Place]) -> list[str]:
-    """The fewest endings of paths that mean these modules and no others, so that a config stays readable."""
-    wanted = set(paths)
-    taken = {ending for path in places if path not in wanted for ending in _endings(path)}
-    return sorted({next((ending for ending in _endings(path) if ending not in taken), path) for path in paths})
-
-
-def _endings(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _linear_names(places: dict[str, Place]) -> list[str]:
