@@ -84,6 +84,11 @@ def ones(base: Any, *shape: int) -> Tensor:
     return empty(base, *shape).fill_(1)
 
 
+def linear_init(base: Any, *shape: int) -> Tensor:
+    """The same with first weights as nn.Linear's."""
+    return nn.init.kaiming_uniform_(empty(base, *shape), a=math.sqrt(5))
+
+
 def with_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A copy of the layer that holds this weight and bias, in the layer's precision; nothing else is copied.
 

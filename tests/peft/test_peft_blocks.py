@@ -194,7 +194,7 @@ def test_conv1d_which_peft_refuses(make, tmp_path, config, theirs, noise):
     [
         (C3AConfig(), "0 is 8 x 12; block_size 256 does not divide both.\nSet .* to a divisor of 4"),
         (MissConfig(r=13), "0 is 8 x 12: r 13 is more than its 12 inputs.\nSet r to at most 12"),
-        (MissConfig(r=8, init_weights="bat"), "0 is 8 x 12: with bat, r 8 must divide both.\nSet r to a divisor of 4"),
+        (MissConfig(r=8, init_weights="bat"), "0 is 8 x 12; r 8 does not divide both.\nSet r to a divisor of 4"),
         (MissConfig(r=8, init_weights="mini", mini_r=3), "mini_r 3 does not divide its 8 outputs"),
         (GraloraConfig(gralora_k=8), "0 is 8 x 12; gralora_k 8 does not divide both.\nSet gralora_k to a divisor of 4"),
     ],

@@ -12,8 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nbtune.errors import AdapterError
-from nbtune.modules.base import empty, features
+from nbtune.kernels.structured import circulant, circulant_product
+from nbtune.modules.base import empty, features, require_divisor
 from nbtune.peft.configs.sparse import C3AConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
@@ -30,12 +30,7 @@ class C3A(Adapter):
     def create(cls, base: nn.Module, config: C3AConfig, path: str, shared: None) -> Self:
         out_features, in_features = features(base)
         size = of_pattern(config.block_size_pattern, path, config.block_size)
-        if out_features % size or in_features % size:
-            message = f"{path} is {out_features} x {in_features}; block_size {size} does not divide both."
-            remedy = (
-                f"Set block_size, or block_size_pattern for it, to a divisor of {math.gcd(out_features, in_features)}."
-            )
-            raise AdapterError("Blocks do not fit", message, remedy)
+        require_divisor(base, path, "block_size", size)
         kernel = empty(base, out_features // size, in_features // size, size)
         match config.init_weights:
             case True:
@@ -50,16 +45,10 @@ class C3A(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         kernel = self._kernel()
-        size = kernel.shape[-1]
-        x_hat = torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, size)))  # [..., n, b / 2 + 1]
-        y_hat = torch.einsum("...nf,mnf->...mf", x_hat, torch.fft.rfft(kernel).conj())
-        return y + torch.fft.irfft(y_hat, n=size).flatten(-2).to(y.dtype) / x.shape[-1]
+        return y + circulant_product(x.to(kernel.dtype), kernel).to(y.dtype) / x.shape[-1]
 
     def delta_weight(self, base: nn.Module) -> Tensor:
-        kernel = self._kernel()
-        at = torch.arange(kernel.shape[-1], device=kernel.device)
-        blocks = kernel[..., (at - at[:, None]) % len(at)]  # [m, n, i, j]
-        return blocks.transpose(1, 2).flatten(2).flatten(0, 1) / features(base)[1]
+        return circulant(self._kernel()) / features(base)[1]
 
     def _kernel(self) -> Tensor:
         return self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))

@@ -8,13 +8,12 @@ and l is a trained number that bounds the norm of the update.
 
 from __future__ import annotations
 
-import math
 from typing import Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.modules.base import compute_dtype, empty, features, ones, weight_of, zeros
+from nbtune.modules.base import compute_dtype, features, linear_init, ones, weight_of, zeros
 from nbtune.peft.configs.low_rank import DeloraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
@@ -38,16 +37,13 @@ class Delora(Adapter):
         r = of_pattern(config.rank_pattern, path, config.r)
         strength = of_pattern(config.lambda_pattern, path, config.delora_lambda)
         out_features, in_features = features(base)
-        A, B = empty(base, r, in_features), zeros(base, out_features, r)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not config.init_weights:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        A = linear_init(base, r, in_features)
+        B = (zeros if config.init_weights else linear_init)(base, out_features, r)
         norms = weight_of(base).detach().to(compute_dtype(base)).norm(dim=0)
         return cls(A, B, strength * ones(base, 1), norms, config.module_dropout)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         hidden = F.linear(x, (self.delora_A * self.delora_w_norm).to(x.dtype))  # [..., r]
         return y + F.linear(hidden, (self.delora_B * self._scales()).to(y.dtype))
 

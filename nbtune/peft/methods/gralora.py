@@ -3,8 +3,7 @@
     W'_mn = W_mn + s B_mn A_mn        W in k x k blocks [out / k, in / k], each update of rank r / k
     s = alpha / (r + hybrid_r); with hybrid_r, s B A of that rank is added to the whole weight as well
 
-Stored are A [k, in / k, r] by columns n of blocks and B [k, r, out / k] by rows m: A[n] holds A_mn at its r / k columns
-number m, B[m] holds B_mn at its r / k rows number n.
+Stored are A [k, in / k, r] by columns n of blocks and B [k, r, out / k] by rows m.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.errors import AdapterError
-from nbtune.modules.base import empty, features
+from nbtune.kernels.structured import granular, granular_product
+from nbtune.modules.base import empty, features, require_divisor
 from nbtune.peft.configs.low_rank import GraloraConfig
 from nbtune.peft.layer import Adapter
 
@@ -46,10 +44,7 @@ class Gralora(Adapter):
     def create(cls, base: nn.Module, config: GraloraConfig, path: str, shared: None) -> Self:
         out_features, in_features = features(base)
         k, r, hybrid_r = config.gralora_k, config.r, config.hybrid_r
-        if out_features % k or in_features % k:
-            message = f"{path} is {out_features} x {in_features}; gralora_k {k} does not divide both."
-            remedy = f"Set gralora_k to a divisor of {math.gcd(out_features, in_features)}, or leave the layer out."
-            raise AdapterError("Blocks do not fit", message, remedy)
+        require_divisor(base, path, "gralora_k", k)
         A, B = empty(base, k, in_features // k, r), empty(base, k, r, out_features // k)
         A_general, B_general = empty(base, hybrid_r, in_features), empty(base, out_features, hybrid_r)
         for tensor, inputs in ((A, in_features // k), (B, r), (A_general, in_features), (B_general, hybrid_r)):
@@ -60,21 +55,14 @@ class Gralora(Adapter):
         return cls(A, B, A_general, B_general, config.alpha / (r + hybrid_r), config.gralora_dropout)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        A, B = self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
-        k = B.shape[0]
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        hidden = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), A)
-        hidden = hidden.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # [..., m, (n, r / k)]
-        added = torch.einsum("...mr,mro->...mo", hidden, B).flatten(-2)
+        x = F.dropout(x, self.dropout, self.training)
+        added = granular_product(x, self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype))
         if self.A_general is not None and self.B_general is not None:
             added = added + F.linear(F.linear(x, self.A_general.to(x.dtype)), self.B_general.to(x.dtype))
         return y + (self.scaling * added).to(y.dtype)
 
     def delta_weight(self, base: nn.Module) -> Tensor:
-        k = self.gralora_B.shape[0]
-        A, B = self.gralora_A.unflatten(-1, (k, -1)), self.gralora_B.unflatten(1, (k, -1))  # [n, i, m, s], [m, n, s, o]
-        delta = torch.einsum("nims,mnso->moni", A, B).flatten(2).flatten(0, 1)
+        delta = granular(self.gralora_A, self.gralora_B)
         if self.A_general is not None and self.B_general is not None:
             delta = delta + self.B_general @ self.A_general
         return self.scaling * delta

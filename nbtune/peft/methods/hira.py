@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nbtune.errors import AdapterError
-from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features, weight_of
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features, refuse_groups, weight_of
 from nbtune.peft.configs.low_rank import HiraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
@@ -36,26 +35,19 @@ class Hira(Adapter):
 
     @classmethod
     def create(cls, base: Any, config: HiraConfig, path: str, shared: None) -> Self:
+        refuse_groups(base, path)
         r = of_pattern(config.rank_pattern, path, config.r)
-        kernel: tuple[int, ...] = ()
-        if isinstance(base, CONVOLUTIONS):
-            kernel = base.kernel_size
-            if base.groups > 1:
-                message = f"{path} is a convolution in {base.groups} groups, of which HiRA has no low-rank factor."
-                raise AdapterError("A convolution in groups", message, "Name it in exclude_modules.")
+        kernel: tuple[int, ...] = base.kernel_size if isinstance(base, CONVOLUTIONS) else ()
         out_features, in_features = features(base)
         A = empty(base, r, in_features, *kernel).normal_()
         B = empty(base, out_features, r, *[1] * len(kernel)).normal_()
-        if not config.init_weights:
-            return cls(base, A, B, config.hira_dropout)
-        if isinstance(base, nn.Embedding):
+        if config.init_weights and isinstance(base, nn.Embedding):
             A.zero_()
-            return cls(base, A, B, config.hira_dropout)
-        if config.init_weights == "gaussian" and not kernel:
-            nn.init.normal_(A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        return cls(base, A, B.zero_(), config.hira_dropout)
+        elif config.init_weights:
+            gaussian = config.init_weights == "gaussian" and not kernel
+            A = A.normal_(std=1 / r) if gaussian else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            B.zero_()
+        return cls(base, A, B, config.hira_dropout)
 
     def saved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = {"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"} if self.of_embedding else {}
@@ -64,8 +56,7 @@ class Hira(Adapter):
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         if self.of_embedding:  # only the rows that are looked up
             return y + (base(x) * (F.embedding(x, self.hira_A.mT) @ self.hira_B.mT)).to(y.dtype)
-        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        return y + apply_weight(base, dropped, self.delta_weight(base))
+        return y + apply_weight(base, F.dropout(x, self.dropout, self.training), self.delta_weight(base))
 
     def delta_weight(self, base: nn.Module) -> Tensor:
         """Return W * B A."""

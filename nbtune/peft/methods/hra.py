@@ -8,7 +8,6 @@ No matrix [in, in] is formed. With Gram-Schmidt the u_i are orthogonal.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Self
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
 from nbtune.kernels.rotations import reflected
-from nbtune.modules.base import empty
+from nbtune.modules.base import linear_init
 from nbtune.peft.configs.rotations import HRAConfig
 from nbtune.peft.methods.rotation import Rotation, inputs
 
@@ -39,8 +38,7 @@ class HRA(Rotation):
         in_pairs = config.init_weights and config.r % 2 == 0 and not config.apply_GS
         if config.init_weights and config.r % 2 and not config.inference_mode:
             warnings.warn(f"r={config.r} is odd, so HRA starts with a changed model.", stacklevel=2)
-        hra_u = empty(base, width, config.r // 2 if in_pairs else config.r)
-        nn.init.kaiming_uniform_(hra_u, a=math.sqrt(5))
+        hra_u = linear_init(base, width, config.r // 2 if in_pairs else config.r)
         return cls(base, hra_u.repeat_interleave(2, dim=1) if in_pairs else hra_u, config.apply_GS)
 
     def turned(self, x: Tensor, *, transposed: bool = False, drop: bool = False) -> Tensor:

@@ -2,8 +2,7 @@
 
     W' = W + s (A1 B1) * (A2 B2)        A1, A2 [out, r], B1, B2 [r, in]; * by element; s = alpha / r
 
-The product has a rank of up to r^2 and is itself low-rank: its factors are the products of all pairs of columns of A1
-and A2, and of all pairs of rows of B1 and B2.
+The update has a rank of up to r^2.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import math
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from nbtune.kernels.structured import hadamard_product, tucker_product
 from nbtune.modules.base import LINEARS
-from nbtune.peft.methods.lycoris import Lycoris, Shapes, effective_kernel, rebuilt
+from nbtune.peft.methods.lycoris import Lycoris, Shapes, effective_kernel
 
 
 class LoHa(Lycoris):
@@ -42,18 +41,12 @@ class LoHa(Lycoris):
 
     def delta_weight(self, base: Any) -> Tensor:
         if "hada_t1" in self._parameters:
-            one = rebuilt(self.hada_t1, self.hada_w1_a, self.hada_w1_b)
-            two = rebuilt(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
+            one = tucker_product(self.hada_t1, self.hada_w1_a, self.hada_w1_b)
+            two = tucker_product(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
         else:
             one, two = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
         weight = self.scaling * one * two
         return weight if isinstance(base, LINEARS) else weight.reshape(base.weight.shape)
 
     def linear(self, x: Tensor) -> Tensor:
-        (out, r), inner = self.hada_w1_a.shape, x.shape[-1]
-        if r * r * (out + inner) >= out * inner:  # the dense update is the cheaper one
-            dense = self.scaling * (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
-            return F.linear(x, dense.to(x.dtype))
-        down = (self.hada_w1_b[:, None] * self.hada_w2_b).flatten(0, 1)  # [r r, in]
-        up = self.scaling * (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)  # [out, r r]
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return hadamard_product(x, self.scaling * self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)

@@ -2,8 +2,8 @@
 
     W' = W + s L (x) R        L [a, c], R [b, d], out = a b, in = c d; s = alpha / r
 
-R, and L too with decompose_both, are products of rank r where that is smaller. (L (x) R) x is L X R^T for x as a matrix
-X [c, d], so the update of a linear layer is never built.
+R, and L too with decompose_both, are products of rank r where that is smaller. The update of a linear layer is never
+built.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from nbtune.kernels.structured import kronecker_product, tucker_product
 from nbtune.modules.base import LINEARS
-from nbtune.peft.methods.lycoris import Lycoris, Shapes, effective_kernel, rebuilt
+from nbtune.peft.methods.lycoris import Lycoris, Shapes, effective_kernel
 
 
 class LoKr(Lycoris):
@@ -61,7 +61,7 @@ class LoKr(Lycoris):
         if "lokr_w2" in self._parameters:
             right = self.lokr_w2
         elif "lokr_t2" in self._parameters:
-            right = rebuilt(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+            right = tucker_product(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
         else:
             right = self.lokr_w2_a @ self.lokr_w2_b
         if right.ndim > 3:
@@ -73,14 +73,8 @@ class LoKr(Lycoris):
 
     def linear(self, x: Tensor) -> Tensor:
         left = (self.scaling * self._left()).to(x.dtype)
-        a, c = left.shape
-        hidden = x.reshape(-1, x.shape[-1] // c)  # [tokens c, d]
-        if "lokr_w2" in self._parameters:
-            hidden = F.linear(hidden, self.lokr_w2.to(x.dtype))
-        else:
-            hidden = F.linear(F.linear(hidden, self.lokr_w2_b.to(x.dtype)), self.lokr_w2_a.to(x.dtype))
-        b = hidden.shape[-1]
-        return torch.einsum("ac,tcb->tab", left, hidden.view(-1, c, b)).reshape(*x.shape[:-1], a * b)
+        right = (self.lokr_w2,) if "lokr_w2" in self._parameters else (self.lokr_w2_a, self.lokr_w2_b)
+        return kronecker_product(x, left, *(factor.to(x.dtype) for factor in right))
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features
+from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, features, linear_init
 from nbtune.peft.configs.low_rank import LycorisConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.targets import of_pattern
@@ -52,9 +52,7 @@ class Lycoris(Adapter):
         kernel = ()
         if isinstance(base, CONVOLUTIONS):
             inner, kernel = inner // base.groups, base.kernel_size
-        tensors = {name: empty(base, *shape) for name, shape in cls.shapes(out, inner, kernel, r, config).items()}
-        for tensor in tensors.values():
-            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        tensors = {name: linear_init(base, *shape) for name, shape in cls.shapes(out, inner, kernel, r, config).items()}
         if config.init_weights is not False:
             tensors[cls.first_zero(list(tensors), config)].zero_()
         return cls(tensors, alpha / r, config)
@@ -90,8 +88,3 @@ def effective_kernel(kernel: tuple[int, ...], config: LycorisConfig) -> tuple[in
     if not config.use_effective_conv2d or math.prod(kernel) == 1:
         return ()
     return (*kernel, 1) if len(kernel) == 1 else kernel
-
-
-def rebuilt(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The Tucker product [out, in, *kernel] of core [r, r, *kernel], rows [r, out] and columns [r, in]."""
-    return torch.einsum("ij...,ip,jq->pq...", core, rows, columns)

@@ -9,14 +9,13 @@ Formerly Bone. Several active bat adapters each start from the base weight and a
 
 from __future__ import annotations
 
-import math
 from typing import Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.modules.base import features, weight_of, zeros
+from nbtune.modules.base import features, linear_init, require_divisor, weight_of, zeros
 from nbtune.peft.configs.low_rank import MissConfig
 from nbtune.peft.layer import Adapter
 
@@ -35,18 +34,14 @@ class Miss(Adapter):
         r, mode = config.r, config.init_weights
         if r > in_features:
             raise _unfit(path, base, f"r {r} is more than its {in_features} inputs", f"r to at most {in_features}")
-        if mode == "bat" and (out_features % r or in_features % r):
-            divisor = f"r to a divisor of {math.gcd(out_features, in_features)}"
-            raise _unfit(path, base, f"with bat, r {r} must divide both", divisor)
         if mode == "mini" and out_features % config.mini_r:
             divisor = f"mini_r to a divisor of {out_features}"
             raise _unfit(path, base, f"mini_r {config.mini_r} does not divide its {out_features} outputs", divisor)
         if mode == "bat":
+            require_divisor(base, path, "r", r)
             return cls(zeros(base, out_features // r, r, r), 0.0)  # PEFT has no dropout here
-        block = zeros(base, r, config.mini_r if mode == "mini" else out_features)
-        if mode is False:
-            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
-        return cls(block, config.miss_dropout)
+        first = linear_init if mode is False else zeros
+        return cls(first(base, r, config.mini_r if mode == "mini" else out_features), config.miss_dropout)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         if self.miss_block.ndim == 3:
@@ -55,8 +50,7 @@ class Miss(Adapter):
         r = block.shape[0]
         if x.shape[-1] % r:
             x = F.pad(x, (0, -x.shape[-1] % r))
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         added = x.unflatten(-1, (-1, r)).sum(-2) @ block  # [..., out or mini_r]
         if added.shape[-1] < y.shape[-1]:
             added = added.repeat(*[1] * (x.ndim - 1), y.shape[-1] // added.shape[-1])

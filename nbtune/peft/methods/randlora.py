@@ -103,8 +103,7 @@ class RandLora(Adapter):
         return (A, diagonal, B) if inner == shorter else (B.t(), diagonal, A.t())
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         # The diagonal scales the hidden values: scaling A instead would keep a second matrix of A's size for backward.
         down, diagonal, up = self._factors(y.shape[-1], x.shape[-1], x)
         return y + F.linear(F.linear(x, down) * diagonal, up).to(y.dtype)

@@ -80,8 +80,7 @@ class VBLoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         A, B = self._matrices()
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)).to(y.dtype)
 
     def delta_weight(self, base: nn.Module) -> Tensor:

@@ -61,8 +61,7 @@ class Vera(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         A, B = self.shared.vera_A[:, : x.shape[-1]], self.shared.vera_B[: y.shape[-1]]
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         hidden = F.linear(x, A.to(x)) * self.vera_lambda_d.to(x.dtype)
         return y + (F.linear(hidden, B.to(x)) * self.vera_lambda_b.to(x.dtype)).to(y.dtype)
 
