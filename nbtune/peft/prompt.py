@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.modules.virtual_tokens import Arguments, before_each, before_embeddings, longer_mask, text_config
 from nbtune.peft.config import PromptLearningConfig, invalid
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.targets import with_task_heads
 
 KEY = "prompt_embeddings"  # of the prompt in a file, without a prefix
-Arguments = dict[str, Any]  # of a module's forward, by name
 
 
 class Prompt(Adapter):
@@ -56,11 +56,11 @@ class Prompt(Adapter):
     def hooked(cls, model: PreTrainedModel) -> dict[nn.Module, Callable[[Prompted, Arguments], Arguments]]:
         """The modules whose arguments change, and how."""
         if not model.config.is_encoder_decoder:
-            return {model: before_embeddings}
+            return {model: Prompted.before_embeddings}
         decoder_mask = "encoder_attention_mask"
         return {
-            model.get_encoder(): before_embeddings,
-            model.get_decoder(): lambda prompted, arguments: prompted.longer_mask(arguments, decoder_mask),
+            model.get_encoder(): Prompted.before_embeddings,
+            model.get_decoder(): lambda prompted, arguments: longer_mask(arguments, prompted.length, decoder_mask),
         }
 
     @classmethod
@@ -71,13 +71,13 @@ class Prompt(Adapter):
         embeds = prompted.model.get_input_embeddings()(ids)
         tokens = prompted.tokens(1)[:, :length].to(embeds.dtype)
         first = torch.arange(length, device=ids.device)[None]
-        places = _before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
+        places = before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
         borders = torch.tensor([0, *lengths], dtype=torch.int32)
         borders[1:] += length
-        changes = {"position_ids": _before_each(first, positions + length, lengths)}
+        changes = {"position_ids": before_each(first, positions + length, lengths)}
         changes |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cumsum(0, dtype=torch.int32))
         changes |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths) + length)
-        changes |= {"input_ids": None, "inputs_embeds": _before_each(tokens, embeds, lengths)}
+        changes |= {"input_ids": None, "inputs_embeds": before_each(tokens, embeds, lengths)}
         return {**arguments, **changes}, places
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
@@ -154,12 +154,6 @@ def resolve(model: nn.Module, config: PromptLearningConfig) -> PromptLearningCon
     return config.replace(modules_to_save=with_task_heads(config), **missing)
 
 
-def text_config(model: PreTrainedModel) -> Any:
-    """The config of the layers that read or write text; of the decoder, where there is one."""
-    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
-    return decoder.config.get_text_config(decoder=True)
-
-
 @contextmanager
 def prompted(model: nn.Module, state: ActiveAdapters) -> Iterator[None]:
     """Inside, calls of the base model begin with the active prompt, if there is one. Raises what `_active` does."""
@@ -181,11 +175,6 @@ def packed(model: PreTrainedModel, arguments: Arguments) -> tuple[Arguments, Ten
     embedding = model.get_input_embeddings()
     active = _active(model, embedding.state) if isinstance(embedding, AdapterLayer) else None
     return (arguments, slice(None)) if active is None else active.prompts[0].packed(active, arguments)
-
-
-def _before_each(first: Tensor, row: Tensor, lengths: Sequence[int]) -> Tensor:
-    """For first [1, n, ...] and the segments s1, s2, ... of row [1, T, ...]: first, s1, first, s2, ..."""
-    return torch.cat([part for segment in row.split(lengths, dim=1) for part in (first, segment)], dim=1)
 
 
 def _active(model: nn.Module, state: ActiveAdapters) -> Prompted | None:
@@ -223,6 +212,9 @@ class Prompted:
     def length(self) -> int:
         return self.prompts[0].length
 
+    def before_embeddings(self, arguments: Arguments) -> Arguments:
+        return before_embeddings(self.model, self.length, self.tokens, arguments)
+
     def hook(self, change: Callable[[Prompted, Arguments], Arguments]) -> Callable[..., tuple[tuple[()], Arguments]]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments]:
             arguments = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
@@ -238,51 +230,3 @@ class Prompted:
         stack = torch.stack([prompt.tokens() for prompt in self.prompts])
         which = torch.tensor(self.which, device=stack.device).repeat_interleave(rows // len(self.which))
         return stack[which]
-
-    def longer_mask(self, arguments: Arguments, name: str = "attention_mask") -> Arguments:
-        """The attention mask [B, T] of this name as [B, length + T]."""
-        mask = arguments.get(name)
-        if mask is None:
-            return arguments
-        if not torch.is_tensor(mask) or mask.ndim != 2:
-            message = f"{name} is not a tensor [batch, tokens], to which a prompt can be added."
-            raise AdapterError("Unknown attention mask", message, "Use no static cache, and no masks of your own.")
-        return {**arguments, name: torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)}
-
-
-def is_fresh(arguments: Arguments) -> bool:
-    """Whether nothing has been read yet, so that the prompt is still to come."""
-    cache = arguments.get("past_key_values")
-    return cache is None or cache.get_seq_length() == 0
-
-
-def before_embeddings(prompted: Prompted, arguments: Arguments) -> Arguments:
-    """The arguments with virtual tokens before the input embeddings, and with what goes with each token.
-
-    Labels of tokens begin with -100, so that logits are [B, length + T, ...], as in PEFT.
-    """
-    length, arguments = prompted.length, prompted.longer_mask(arguments)
-    positions = arguments.get("position_ids")
-    if positions is not None:
-        arguments["position_ids"] = positions + length
-    if not is_fresh(arguments):
-        return arguments
-    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    if embeds is None:
-        embeds = prompted.model.get_input_embeddings()(ids)
-    rows, count = embeds.shape[:2]
-    tokens = prompted.tokens(rows)[:, :length].to(embeds.dtype)
-    arguments |= {"input_ids": None, "inputs_embeds": torch.cat([tokens, embeds], dim=1)}
-
-    if positions is not None:
-        first = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
-        arguments["position_ids"] = torch.cat([first, arguments["position_ids"]], dim=-1)
-    if (types := arguments.get("token_type_ids")) is not None:
-        arguments["token_type_ids"] = torch.cat([types.new_zeros(len(types), length), types], dim=1)
-    labels = arguments.get("labels")
-    if labels is not None and labels.shape == (rows, count) and not labels.is_floating_point():
-        arguments["labels"] = torch.cat([labels.new_full((rows, length), -100), labels], dim=1)
-    for name in ("start_positions", "end_positions"):  # of the answer to a question, in tokens
-        if (answer := arguments.get(name)) is not None:
-            arguments[name] = answer + length
-    return arguments

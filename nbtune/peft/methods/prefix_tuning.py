@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbtune._transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.modules import virtual_tokens
 from nbtune.modules.base import compute_dtype, empty
+from nbtune.modules.virtual_tokens import Arguments, takes_cache, text_config
 from nbtune.peft.configs.prompts import PrefixTuningConfig
-from nbtune.peft.prompt import Arguments, Prompt, Prompted, is_fresh, text_config
+from nbtune.peft.prompt import Prompt, Prompted
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_KEYS = ("kv_lora_rank", "num_kv_shared_layers")  # settings of models whose layers do not each have their own
@@ -56,7 +56,7 @@ class PrefixTuning(Prompt):
         config = text_config(model)
         values = config.to_dict()
         foreign = set(values.get("layer_types") or ()) - _ATTENTION
-        if foreign or any(map(values.get, _OTHER_KEYS)) or not any(map(_takes_cache, (model, model.base_model))):
+        if foreign or any(map(values.get, _OTHER_KEYS)) or not any(map(takes_cache, (model, model.base_model))):
             message = f"{type(model).__name__} does not attend to plain keys and values in every layer."
             raise AdapterError("No place for a prefix", message, "Use PROMPT_TUNING, or a method that adapts layers.")
         heads = values.get("num_key_value_heads") or config.num_attention_heads
@@ -68,7 +68,16 @@ class PrefixTuning(Prompt):
         if model.training and torch.is_grad_enabled() and model.is_activation_checkpointing:
             message = "Gradient checkpointing runs each layer without the keys and values of the prefix."
             raise AdapterError("Not with gradient checkpointing", message, "Switch it off, or use PROMPT_TUNING.")
-        return {model if _takes_cache(model) else model.base_model: before_keys}
+        return {model if takes_cache(model) else model.base_model: cls.before_keys}
+
+    @staticmethod
+    def before_keys(prompted: Prompted, arguments: Arguments) -> Arguments:
+        prefix: Any = prompted.prompts[0]
+
+        def pairs(rows: int) -> list[tuple[Tensor, Tensor]]:
+            return prefix.keys_and_values(prompted.tokens(rows).to(prompted.model.dtype))
+
+        return virtual_tokens.before_keys(prompted.model, prompted.length, pairs, arguments)
 
     @classmethod
     def packed(cls, prompted: Prompted, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
@@ -83,37 +92,3 @@ class PrefixTuning(Prompt):
         # With two submodules PEFT spreads P over self and cross attention, and then drops the latter.
         pairs = [layer * self.submodules % self.layers for layer in range(self.layers)]
         return [(parts[2 * pair], parts[2 * pair + 1]) for pair in pairs]
-
-
-def before_keys(prompted: Prompted, arguments: Arguments) -> Arguments:
-    """The arguments with a cache that begins with the prefix; of an encoder and a decoder, that of the decoder."""
-    model, two = prompted.model, prompted.model.config.is_encoder_decoder
-    of = "decoder_" if two else ""
-    arguments = prompted.longer_mask(arguments, f"{of}attention_mask")
-    if (positions := arguments.get(f"{of}position_ids")) is not None:
-        arguments[f"{of}position_ids"] = positions + prompted.length
-    cache: Any = arguments.get("past_key_values")
-    if arguments.get("use_cache") is False:
-        cache = None  # models return it all the same, and generation then passes it on beside all tokens
-    elif not is_fresh(arguments):
-        return arguments
-    config = text_config(model)
-    if cache is None:
-        cache = DynamicCache(config=config)
-        cache = EncoderDecoderCache(cache, DynamicCache(config=config)) if two else cache
-    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-    rows = next(len(arguments[name]) for name in names if arguments.get(name) is not None)
-    prefix: Any = prompted.prompts[0]
-    pairs = prefix.keys_and_values(prompted.tokens(rows).to(model.dtype))
-    for layer, (keys, values) in enumerate(pairs[: config.num_hidden_layers]):
-        (cache.self_attention_cache if two else cache).update(keys, values, layer)
-    return {**arguments, "past_key_values": cache}
-
-
-@functools.cache
-def _forward_takes_cache(kind: type[nn.Module]) -> bool:
-    return "past_key_values" in inspect.signature(kind.forward).parameters
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    return _forward_takes_cache(type(model))
