@@ -50,6 +50,17 @@ def coefficient_count(size: int, taps: Tensor) -> int:
     return size + size % 2 + taps[0].numel() - 2
 
 
+def places_in_bands(places: Tensor, sizes: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """Places [2, n] in a matrix of these sizes as places in the middle of one of coefficients, as PEFT has them.
+
+    PEFT filters the upper right quarter of C along its columns, and the lower left along its rows: they change places.
+    """
+    inner, outer = (torch.tensor(pair, device=places.device)[:, None] for pair in (sizes, padded))
+    moved = places + (outer - inner) // 2
+    second = moved >= outer // 2  # [2, n]
+    return torch.where(second[0] == second[1], moved, (moved + outer // 2) % outer)
+
+
 def synthesis_taps(wavelet: str) -> Tensor:
     """The filters f_0 and f_1 of a wavelet as [band, L / 2, phase], in fp64."""
     low = scaling_filter(wavelet)

@@ -12,9 +12,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from nbtune.kernels.sparse import random_places
 from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.sparse import FourierFTConfig
-from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
+from nbtune.peft.methods.sparse import SparseAdapter, check_count
 from nbtune.peft.targets import of_pattern
 
 
@@ -27,7 +28,7 @@ class FourierFT(SparseAdapter):
         sizes = features(base)
         check_count(count, base, path, "n_frequency", sizes[0] * sizes[1])
         values = zeros(base, count) if config.init_weights else empty(base, count).normal_()
-        return cls(values, random_places(base, count, config.random_loc_seed), sizes, config.scaling)
+        return cls(values, random_places(sizes, count, config.random_loc_seed, values.device), sizes, config.scaling)
 
     def to_output(self, c: Tensor, size: int) -> Tensor:
         return torch.fft.ifft(c)

@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nbtune.kernels.random_bases import random_bases
 from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.shared import RandLoraConfig
 from nbtune.peft.layer import Adapter, Shared
@@ -35,34 +35,16 @@ class Bases(Shared):
         super().__init__()
         sizes = [features(base) for base in bases.values()]
         shorter, longer = sorted(max(side) for side in zip(*sizes, strict=True))
-        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        count = math.ceil(shorter / config.r)
-        if config.sparse or config.very_sparse:
-            zeros_per_one = math.sqrt(shorter) if config.very_sparse else 3
-            A = _ternary((config.r, 1, shorter), zeros_per_one, generator)
-            B = _ternary((longer, count, config.r), zeros_per_one, generator)
-        else:
-            A = _uniform((config.r, 1, shorter), generator)
-            B = torch.cat([_uniform((longer, 1, config.r), generator) for _ in range(count)], dim=1)
+        zeros_per_one = math.sqrt(shorter) if config.very_sparse else 3 if config.sparse else 0
+        A, B = random_bases(config.r, shorter, longer, config.projection_prng_key, zeros_per_one)
         device = empty(next(iter(bases.values()))).device
-        self.register_buffer("randlora_A", (A / A.std()).to(device), persistent=config.save_projection)
-        self.register_buffer("randlora_B", (B / B.std()).to(device), persistent=config.save_projection)
+        self.register_buffer("randlora_A", A.to(device), persistent=config.save_projection)
+        self.register_buffer("randlora_B", B.to(device), persistent=config.save_projection)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the bases in the file's precision: others than ours would lose digits in bfloat16."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(self.randlora_A.device, copy=True))
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    empty = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
-    return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
-
-
-def _ternary(shape: tuple[int, ...], sparsity: float, generator: torch.Generator) -> Tensor:
-    """-1 and 1 with a probability of 1 / (2 sparsity) each, else 0."""
-    chance = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return (chance > 1 - 1 / (2 * sparsity)).float() - (chance < 1 / (2 * sparsity)).float()
 
 
 class RandLora(Adapter):

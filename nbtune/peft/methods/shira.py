@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.sparse import random_places
 from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.sparse import ShiraConfig
-from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
+from nbtune.peft.methods.sparse import SparseAdapter, check_count
 
 
 class Shira(SparseAdapter):
@@ -25,13 +26,13 @@ class Shira(SparseAdapter):
 
     @classmethod
     def create(cls, base: nn.Module, config: ShiraConfig, path: str, shared: None) -> Self:
-        out_features, in_features = features(base)
+        sizes = out_features, in_features = features(base)
         count = config.r * (out_features + in_features)
         check_count(count, base, path, "r", out_features * in_features // (out_features + in_features))
         values = zeros(base, count) if config.init_weights else empty(base, count).normal_()
-        rows, columns = random_places(base, count, config.random_seed)
+        rows, columns = random_places(sizes, count, config.random_seed, values.device)
         order = (rows * in_features + columns).argsort()  # PEFT numbers the entries row by row
-        return cls(values, torch.stack([rows, columns])[:, order].int(), (out_features, in_features), 1.0)
+        return cls(values, torch.stack([rows, columns])[:, order].int(), sizes, 1.0)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         places = tensors.get("shira_indices")

@@ -7,13 +7,13 @@ FourierFT, WaveFT and SHiRA are this with Fourier's basis, wavelets and no basis
 
 from __future__ import annotations
 
-import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.sparse import scattered, sparse_product
 from nbtune.modules.base import features
 from nbtune.peft.layer import Adapter
 
@@ -42,9 +42,7 @@ class SparseAdapter(Adapter):
 
     def delta_weight(self, base: nn.Module) -> Tensor:
         out_features, in_features = features(base)
-        rows, columns = self.places.long()
-        values = self._scaled()
-        c = values.new_zeros(self.sizes).index_put((rows, columns), values)
+        c = scattered(self._scaled(), self.places, self.sizes)
         delta = self.to_output(self.to_output(c, in_features).mT, out_features).mT
         return delta.real if delta.is_complex() else delta
 
@@ -54,10 +52,8 @@ class SparseAdapter(Adapter):
         tokens = x.numel() // in_features
         if tokens * (out_features + in_features + self.values.shape[-1]) >= out_features * in_features:
             return super().forward(x, y, base)
-        rows, columns = self.places
         values = self._scaled()
-        taken = self.from_input(x.to(values.dtype)).index_select(-1, columns) * values  # [..., n]
-        c = taken.new_zeros(*x.shape[:-1], self.sizes[0]).index_add(-1, rows, taken)
+        c = sparse_product(self.from_input(x.to(values.dtype)), values, self.places, self.sizes[0])
         added = self.to_output(c, out_features)
         return y + (added.real if added.is_complex() else added).to(y.dtype)
 
@@ -75,21 +71,3 @@ def check_count(count: int, base: nn.Module, path: str, setting: str, most: int)
         raise AdapterError(
             "More values than entries", message, f"Set {setting} to at most {most}, or leave the layer out."
         )
-
-
-def random_places(base: Any, count: int, seed: int | None) -> Tensor:
-    """Rows and columns [2, count] of entries of the layer's weight, as PEFT draws them; on the layer's device."""
-    out_features, in_features = features(base)
-    if base.weight.is_meta:
-        return torch.empty(2, count, dtype=torch.int64, device="meta")
-    drawn = _drawn(out_features * in_features, count, seed).to(base.weight.device)
-    return torch.stack([drawn // in_features, drawn % in_features])
-
-
-@functools.lru_cache(maxsize=16)
-def _drawn(entries: int, count: int, seed: int | None) -> Tensor:
-    """Distinct numbers [count] below `entries`. Layers of one size share the draw, as a large one takes a second."""
-    generator = torch.Generator()  # without a seed, torch starts each at the same place
-    if seed is not None:
-        generator.manual_seed(seed)
-    return torch.randperm(entries, generator=generator)[:count].clone()

@@ -12,14 +12,14 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
-from nbtune.kernels.wavelets import coefficient_count, inverse_step, synthesis_taps, transposed_step
+from nbtune.kernels.sparse import random_places
+from nbtune.kernels.wavelets import coefficient_count, inverse_step, places_in_bands, synthesis_taps, transposed_step
 from nbtune.modules.base import empty, features, zeros
 from nbtune.peft.configs.sparse import WaveFTConfig
 from nbtune.peft.layer import Shared
-from nbtune.peft.methods.sparse import SparseAdapter, check_count, random_places
+from nbtune.peft.methods.sparse import SparseAdapter, check_count
 from nbtune.peft.targets import of_pattern
 
 
@@ -54,26 +54,15 @@ class WaveFT(SparseAdapter):
         sizes = features(base)
         check_count(count, base, path, "n_frequency", sizes[0] * sizes[1])
         values = zeros(base, count) if config.init_weights else empty(base, count).normal_(std=0.01)
-        places = random_places(base, count, config.random_loc_seed)
+        places = random_places(sizes, count, config.random_loc_seed, values.device)
         if not config.use_idwt:
             return cls(values, places, sizes, config.scaling, "")
         taps = synthesis_taps(config.wavelet_family)
         padded = coefficient_count(sizes[0], taps), coefficient_count(sizes[1], taps)
-        return cls(values, _in_bands(places, sizes, padded), padded, config.scaling, config.wavelet_family)
+        return cls(values, places_in_bands(places, sizes, padded), padded, config.scaling, config.wavelet_family)
 
     def to_output(self, c: Tensor, size: int) -> Tensor:
         return inverse_step(c, self.taps, size) if self.wavelet else c
 
     def from_input(self, x: Tensor) -> Tensor:
         return transposed_step(x, self.taps) if self.wavelet else x
-
-
-def _in_bands(places: Tensor, sizes: tuple[int, int], padded: tuple[int, int]) -> Tensor:
-    """The places [2, n] in the middle of the larger matrix, as PEFT has them.
-
-    PEFT filters the upper right quarter of C along its columns, and the lower left along its rows: they change places.
-    """
-    inner, outer = (torch.tensor(pair, device=places.device)[:, None] for pair in (sizes, padded))
-    moved = places + (outer - inner) // 2
-    second = moved >= outer // 2  # [2, n]
-    return torch.where(second[0] == second[1], moved, (moved + outer // 2) % outer)
