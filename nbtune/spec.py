@@ -315,11 +315,8 @@ class RunSpec(_Part):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            wrong = [
-                f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
-                for e in error.errors()
-            ]
-            raise SpecError("These settings cannot be used", "\n".join(wrong)) from error
+            wrong = "\n".join(map(_wrong, error.errors()))
+            raise SpecError("These settings cannot be used", wrong) from error
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -429,6 +426,16 @@ def _config_settings(cls: type[PeftConfig]) -> Iterator[Setting]:
             default=default,
             **{"label": _label(field.name), **field.metadata},
         )
+
+
+def method_label(method: Mapping[str, Any]) -> str:
+    """`LoRA r16`, `OFT`, `Prompt tuning, 20 tokens`: a method and its size, from the dict of its config."""
+    kind = str(method.get("peft_type", "adapter"))
+    label = PeftType(kind).label if kind in list(PeftType) else kind
+    if "num_virtual_tokens" in method:
+        return f"{label}, {method['num_virtual_tokens']} tokens"
+    rank = method.get("target_r") or method.get("r")  # AdaLoRA's rank at the end; OFT's r is 0
+    return f"{label} r{rank}" if rank else label
 
 
 def _method_of(values: Mapping[str, Any]) -> PeftConfig:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from nbtune.errors import AdapterError, NbtuneError, RunError
 from nbtune.models import resolve
-from nbtune.spec import ModelSpec, RunSpec
+from nbtune.spec import ModelSpec, RunSpec, method_label
 
 BASE = "base"
 
@@ -116,7 +116,7 @@ def _of_run(name: str, path: Path) -> Column:
     folder = path / "adapter"
     if not (folder / "adapter_config.json").is_file():
         raise _unfinished(name, folder)
-    return Column(name, folder, _label(_read(folder)), spec.model)
+    return Column(name, folder, method_label(_read(folder)), spec.model)
 
 
 def _of_adapter(folder: Path) -> Column:
@@ -133,7 +133,7 @@ def _of_adapter(folder: Path) -> Column:
             "Write the name of its base model there.",
         )
     model = ModelSpec(name=str(base), revision=config.get("revision"))
-    return Column(folder.resolve().name, folder, _label(config), model)
+    return Column(folder.resolve().name, folder, method_label(config), model)
 
 
 def _unfinished(name: str, folder: Path) -> RunError:
@@ -151,14 +151,6 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError("The adapter's config cannot be read", f"{path} is not a JSON object.")
     return config
-
-
-def _label(config: dict[str, Any]) -> str:
-    method = str(config.get("peft_type", "adapter"))
-    method = {"LORA": "LoRA", "ADALORA": "AdaLoRA"}.get(method, method)
-    if "num_virtual_tokens" in config:
-        return f"{method.replace('_', ' ').lower()}, {config['num_virtual_tokens']} tokens"
-    return f"{method} r{config['r']}" if "r" in config else method
 
 
 def _unique_names(columns: Sequence[Column]) -> list[Column]:

@@ -41,38 +41,39 @@ class PeftType(StrEnum):
 
     family: str
     config: str
+    label: str  # as its paper writes it
 
-    def __new__(cls, name: str, family: str, config: str) -> Self:
+    def __new__(cls, name: str, family: str, config: str, label: str) -> Self:
         member = str.__new__(cls, name)
-        member._value_, member.family, member.config = name, family, config
+        member._value_, member.family, member.config, member.label = name, family, config, label
         return member
 
-    LORA = "LORA", "lora", "LoraConfig"
-    ADALORA = "ADALORA", "lora", "AdaLoraConfig"
-    IA3 = "IA3", "vectors", "IA3Config"
-    LN_TUNING = "LN_TUNING", "vectors", "LNTuningConfig"
-    BEFT = "BEFT", "vectors", "BeftConfig"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS", "vectors", "TrainableTokensConfig"
-    OFT = "OFT", "rotations", "OFTConfig"
-    BOFT = "BOFT", "rotations", "BOFTConfig"
-    HRA = "HRA", "rotations", "HRAConfig"
-    LOHA = "LOHA", "low_rank", "LoHaConfig"
-    LOKR = "LOKR", "low_rank", "LoKrConfig"
-    VERA = "VERA", "shared", "VeraConfig"
-    RANDLORA = "RANDLORA", "shared", "RandLoraConfig"
-    FOURIERFT = "FOURIERFT", "sparse", "FourierFTConfig"
-    WAVEFT = "WAVEFT", "sparse", "WaveFTConfig"
-    C3A = "C3A", "sparse", "C3AConfig"
-    VBLORA = "VBLORA", "shared", "VBLoRAConfig"
-    SHIRA = "SHIRA", "sparse", "ShiraConfig"
-    HIRA = "HIRA", "low_rank", "HiraConfig"
-    MISS = "MISS", "low_rank", "MissConfig"
-    GRALORA = "GRALORA", "low_rank", "GraloraConfig"
-    ROAD = "ROAD", "rotations", "RoadConfig"
-    DELORA = "DELORA", "low_rank", "DeloraConfig"
-    PROMPT_TUNING = "PROMPT_TUNING", "prompts", "PromptTuningConfig"
-    PREFIX_TUNING = "PREFIX_TUNING", "prompts", "PrefixTuningConfig"
-    P_TUNING = "P_TUNING", "prompts", "PromptEncoderConfig"
+    LORA = "LORA", "lora", "LoraConfig", "LoRA"
+    ADALORA = "ADALORA", "lora", "AdaLoraConfig", "AdaLoRA"
+    IA3 = "IA3", "vectors", "IA3Config", "IA3"
+    LN_TUNING = "LN_TUNING", "vectors", "LNTuningConfig", "LN tuning"
+    BEFT = "BEFT", "vectors", "BeftConfig", "BEFT"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS", "vectors", "TrainableTokensConfig", "Trainable tokens"
+    OFT = "OFT", "rotations", "OFTConfig", "OFT"
+    BOFT = "BOFT", "rotations", "BOFTConfig", "BOFT"
+    HRA = "HRA", "rotations", "HRAConfig", "HRA"
+    LOHA = "LOHA", "low_rank", "LoHaConfig", "LoHa"
+    LOKR = "LOKR", "low_rank", "LoKrConfig", "LoKr"
+    VERA = "VERA", "shared", "VeraConfig", "VeRA"
+    RANDLORA = "RANDLORA", "shared", "RandLoraConfig", "RandLoRA"
+    FOURIERFT = "FOURIERFT", "sparse", "FourierFTConfig", "FourierFT"
+    WAVEFT = "WAVEFT", "sparse", "WaveFTConfig", "WaveFT"
+    C3A = "C3A", "sparse", "C3AConfig", "C3A"
+    VBLORA = "VBLORA", "shared", "VBLoRAConfig", "VB-LoRA"
+    SHIRA = "SHIRA", "sparse", "ShiraConfig", "SHiRA"
+    HIRA = "HIRA", "low_rank", "HiraConfig", "HiRA"
+    MISS = "MISS", "low_rank", "MissConfig", "MiSS"
+    GRALORA = "GRALORA", "low_rank", "GraloraConfig", "GraLoRA"
+    ROAD = "ROAD", "rotations", "RoadConfig", "RoAd"
+    DELORA = "DELORA", "low_rank", "DeloraConfig", "DeLoRA"
+    PROMPT_TUNING = "PROMPT_TUNING", "prompts", "PromptTuningConfig", "Prompt tuning"
+    PREFIX_TUNING = "PREFIX_TUNING", "prompts", "PrefixTuningConfig", "Prefix tuning"
+    P_TUNING = "P_TUNING", "prompts", "PromptEncoderConfig", "P-tuning"
 
 
 class TaskType(StrEnum):

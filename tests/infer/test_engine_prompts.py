@@ -116,6 +116,6 @@ def test_the_prompt_takes_its_share_of_the_context(engine, monkeypatch):
 def test_a_prompt_is_named_by_its_length(folders):
     assert line_up(["base", folders["prompt"], folders["prefix"]]).labels == {
         BASE: "as it was",
-        "prompt": "prompt tuning, 6 tokens",
-        "prefix": "prefix tuning, 4 tokens",
+        "prompt": "Prompt tuning, 6 tokens",
+        "prefix": "Prefix tuning, 4 tokens",
     }
