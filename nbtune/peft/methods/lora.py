@@ -45,13 +45,18 @@ class Lora(Adapter):
         "lora_bias": "lora_B.bias",
         "magnitude": "lora_magnitude_vector",
     }
+    lora_bias: nn.Parameter | None  # [out]
+    magnitude: nn.Parameter | None  # DoRA's m, [out], of a convolution [1, out, 1, ...]
+    start_A: Tensor | None
+    start_B: Tensor
+    base_change: Tensor | None  # what LoftQ changes in the base weight
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)  # [r, in, ...]
         self.lora_B = nn.Parameter(lora_B)  # [out, r, ...]
-        self.register_parameter("lora_bias", None)  # [out]
-        self.register_parameter("magnitude", None)  # [out] ([1, out, 1, ...] of a convolution), DoRA's m
+        for name in ("lora_bias", "magnitude"):
+            self.register_parameter(name, None)
         for name in ("start_A", "start_B", "base_change"):
             self.register_buffer(name, None, persistent=False)
         self.scaling = scaling
@@ -60,10 +65,9 @@ class Lora(Adapter):
 
     @classmethod
     def create(cls, base: Any, config: LoraConfig, path: str, shared: None) -> Self:
-        if cls is Lora and isinstance(base, nn.Embedding):
-            return LoraEmbedding.create(base, config, path, shared)  # type: ignore[return-value]
-        if cls is Lora and isinstance(base, CONVOLUTIONS):
-            return LoraConv.create(base, config, path, shared)  # type: ignore[return-value]
+        if cls is Lora and isinstance(base, (nn.Embedding, *CONVOLUTIONS)):
+            kind = LoraEmbedding if isinstance(base, nn.Embedding) else LoraConv
+            return kind.create(base, config, path, shared)  # type: ignore[return-value]
         _check(base, config, path)
         r = of_pattern(config.rank_pattern, path, config.r)
         alpha = of_pattern(config.alpha_pattern, path, config.lora_alpha)

@@ -25,10 +25,8 @@ class PromptEncoder(Prompt):
         embedding = nn.init.normal_(empty(base, count, width))
         if config.inference_mode:
             return cls(embedding, config)
-        hidden, where = (
-            config.encoder_hidden_size or width,
-            {"device": base.weight.device, "dtype": compute_dtype(base)},
-        )
+        hidden = config.encoder_hidden_size or width
+        where = {"device": base.weight.device, "dtype": compute_dtype(base)}
         if config.encoder_reparameterization_type == "LSTM":
             return cls(embedding, config, _RecurrentEncoder(width, hidden, config, where))
         first, second = nn.Linear(width, hidden, **where), nn.Linear(hidden, hidden, **where)

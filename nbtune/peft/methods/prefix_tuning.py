@@ -39,10 +39,8 @@ class PrefixTuning(Prompt):
         if not config.prefix_projection or config.inference_mode:
             prefix = empty(base, config.num_virtual_tokens, out)
             return cls(prefix.zero_() if zero else nn.init.normal_(prefix), config)
-        hidden, where = (
-            config.encoder_hidden_size or width,
-            {"device": base.weight.device, "dtype": compute_dtype(base)},
-        )
+        hidden = config.encoder_hidden_size or width
+        where = {"device": base.weight.device, "dtype": compute_dtype(base)}
         last = nn.Linear(hidden, out, **where)
         if zero:
             nn.init.zeros_(last.weight)
