@@ -203,55 +203,11 @@ class SavedModule(Replacement):
 
 
 class Several(Adapter):
-    """Adapters of one name that meet in one layer, such as a low-rank update and a trained bias."""
-
-    bases = (nn.Module,)
-    rotates = True
+    """Adapters of one name that meet in one layer, such as a low-rank update and a trained bias; a layer unpacks it."""
 
     def __init__(self, parts: Sequence[Adapter]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-
-    def before(self, x: Tensor) -> Tensor:
-        for part in reversed(self.parts):
-            x = part.before(x)
-        return x
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        inputs = [x]
-        for part in reversed(self.parts[1:]):
-            inputs.append(part.before(inputs[-1]))
-        for part in self.parts:
-            y = part(inputs.pop(), y, base)
-        return y
-
-    def batch_key(self) -> Hashable:
-        return tuple(part.batch_key() for part in self.parts)
-
-    @classmethod
-    def before_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor) -> Tensor:
-        for parts in reversed(list(zip(*(adapter.parts for adapter in adapters), strict=True))):
-            x = type(parts[0]).before_rows(parts, group, x) if parts[0].rotates else x
-        return x
-
-    @classmethod
-    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        inputs, columns = [x], list(zip(*(adapter.parts for adapter in adapters), strict=True))
-        for parts in reversed(columns[1:]):
-            inputs.append(type(parts[0]).before_rows(parts, group, inputs[-1]) if parts[0].rotates else inputs[-1])
-        for parts in columns:
-            y = type(parts[0]).forward_rows(parts, group, inputs.pop(), y, base)
-        return y
-
-    def merged_weight(self, weight: Tensor, base: nn.Module) -> Tensor:
-        for part in self.parts:
-            weight = part.merged_weight(weight, base)
-        return weight
-
-    def merged_bias(self, bias: Tensor | None, base: nn.Module) -> Tensor | None:
-        for part in self.parts:
-            bias = part.merged_bias(bias, base)
-        return bias
 
 
 @dataclasses.dataclass(eq=False)
@@ -292,7 +248,7 @@ class AdapterLayer(nn.Module):
         self.state = state
         self.path = path
         # The same adapters again, by what a forward pass does with them; a plain dict costs no attribute look-up.
-        self._by_name: dict[str, Adapter] = {}
+        self._by_name: dict[str, tuple[Any, ...]] = {}
         self._replacing: dict[str, Replacement] = {}
         # The unmerged module, while adapters are merged; in a tuple, so that it is no submodule of ours.
         self._original: tuple[Any, ...] = ()
@@ -310,7 +266,7 @@ class AdapterLayer(nn.Module):
         if isinstance(adapter, Replacement):
             self._replacing[name] = adapter
         else:
-            self._by_name[name] = adapter
+            self._by_name[name] = _parts(adapter)
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
@@ -323,7 +279,7 @@ class AdapterLayer(nn.Module):
             return self._by_row(x, state.rows, args, kwargs)
         call = self._called()
         # Adapters differ in the layers that they adapt.
-        adapters = [self._by_name[name] for name in state.applied if name in self._by_name]
+        adapters = [part for name in state.applied if name in self._by_name for part in self._by_name[name]]
         if not any(adapter.rotates for adapter in adapters):
             y = call(x, *args, **kwargs)
             for adapter in adapters:
@@ -352,23 +308,32 @@ class AdapterLayer(nn.Module):
         return lambda x, *args, **kwargs: kind.forward_several(alike, base, x, *args, **kwargs)
 
     def _by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batches: dict[Hashable, list[str]] = {}
+        # Names with adapters that can be computed together, by the place of the adapter among those of its name.
+        batches: list[dict[Hashable, list[str]]] = []
         for name in rows.distinct:
-            if name in self._by_name:
-                batches.setdefault(self._by_name[name].batch_key(), []).append(name)
-        parts = [
-            ([self._by_name[name] for name in names], rows.group(names, x, self.path)) for names in batches.values()
+            for place, part in enumerate(self._by_name.get(name, ())):
+                batches += [{}] if place == len(batches) else []
+                batches[place].setdefault(part.batch_key(), []).append(name)
+        steps = [
+            [
+                ([self._by_name[name][place] for name in names], rows.group(names, x, self.path))
+                for names in batch.values()
+            ]
+            for place, batch in enumerate(batches)
         ]
-        y_in = x
-        for adapters, group in parts:
-            if adapters[0].rotates:
-                changed = type(adapters[0]).before_rows(adapters, group, group.select(x))
-                y_in = group.put(y_in, changed)
-        y = self._called_by_row(y_in, rows, args, kwargs)
-        for adapters, group in parts:
-            y = group.put(
-                y, type(adapters[0]).forward_rows(adapters, group, group.select(x), group.select(y), self.base_layer)
-            )
+        inputs = [x]
+        for step in reversed(steps):
+            x = inputs[-1]
+            for adapters, group in step:
+                if adapters[0].rotates:
+                    x = group.put(x, type(adapters[0]).before_rows(adapters, group, group.select(x)))
+            inputs.append(x)
+        y = self._called_by_row(inputs.pop(), rows, args, kwargs)
+        for step in steps:
+            x = inputs.pop()
+            for adapters, group in step:
+                forward = type(adapters[0]).forward_rows
+                y = group.put(y, forward(adapters, group, group.select(x), group.select(y), self.base_layer))
         return y
 
     def _called_by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -392,7 +357,7 @@ class AdapterLayer(nn.Module):
         AdapterError for a weight that would hold inf or nan; the layer then is as it was.
         """
         self.unmerge()
-        mine = [self.adapters[name] for name in names if name in self.adapters]
+        mine = [part for name in names if name in self.adapters for part in _parts(self.adapters[name])]
         if not mine:
             return None
         replacing = [adapter for adapter in mine if isinstance(adapter, Replacement)]
@@ -451,3 +416,7 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"active={list(self.state.active)}"
+
+
+def _parts(adapter: Any) -> tuple[Any, ...]:
+    return tuple(adapter.parts) if isinstance(adapter, Several) else (adapter,)

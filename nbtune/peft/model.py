@@ -235,22 +235,20 @@ class PeftModel(nn.Module):
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
+        **settings: Any,
     ) -> None:
         """Add an adapter that is a weighted combination of others of one method, LoRA or IA3, switched off.
 
-        The combination types are those of weighted.py; IA3 only has `linear`. `svd_full_matrices` is PEFT's and
-        changes nothing. Raises AdapterError, and adds nothing, where the adapters cannot be combined so.
+        The combination types and their settings (svd_driver, density, majority_sign_method) are those of
+        kernels/low_rank.py; IA3 only has `linear`. `svd_full_matrices` is PEFT's and changes nothing. Raises
+        AdapterError, and adds nothing, where the adapters cannot be combined so.
         """
         inject.check_name(adapter_name)
         self._check_known(adapters)
         if adapter_name in self.peft_config:
             message = f"There is an adapter {adapter_name!r} already."
             raise AdapterError("The name is taken", message, "Use another name, or delete_adapter first.")
-        settings = {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_driver": svd_driver, "density": density}
-        settings["majority_sign_method"] = majority_sign_method
+        settings |= {"svd_rank": svd_rank, "svd_clamp": svd_clamp}
         parts = {name: (self.peft_config[name], self._adapters(name)) for name in adapters}
         base = self.get_base_model()
         config, combined = combination.combined(base, parts, weights, combination_type, **settings)

@@ -29,10 +29,18 @@ from nbtune.peft.config import PeftConfig, TaskType, adapter_folder
 from nbtune.peft.model import PeftModel
 
 
+MODELS: dict[TaskType, type[PeftModel]] = {}
+_BASES: dict[TaskType, Any] = {}
+
+
 class _TaskModel(PeftModel):
     """A PeftModel whose new adapters are for one task; with the config given, it has one from the start."""
 
     task: ClassVar[TaskType]
+
+    def __init_subclass__(cls, task: TaskType) -> None:
+        super().__init_subclass__()
+        cls.task, MODELS[task] = task, cls
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default") -> None:
         super().__init__(model)
@@ -49,57 +57,31 @@ class _TaskModel(PeftModel):
         return super()._add(name, config, **how)
 
 
-class PeftModelForCausalLM(_TaskModel):
-    task = TaskType.CAUSAL_LM
+class PeftModelForCausalLM(_TaskModel, task=TaskType.CAUSAL_LM): ...
 
 
-class PeftModelForSeq2SeqLM(_TaskModel):
-    task = TaskType.SEQ_2_SEQ_LM
+class PeftModelForSeq2SeqLM(_TaskModel, task=TaskType.SEQ_2_SEQ_LM): ...
 
 
-class PeftModelForSequenceClassification(_TaskModel):
-    """Its adapters train the head too, as do those for TOKEN_CLS and QUESTION_ANS."""
-
-    task = TaskType.SEQ_CLS
+class PeftModelForSequenceClassification(_TaskModel, task=TaskType.SEQ_CLS): ...
 
 
-class PeftModelForTokenClassification(_TaskModel):
-    task = TaskType.TOKEN_CLS
+class PeftModelForTokenClassification(_TaskModel, task=TaskType.TOKEN_CLS): ...
 
 
-class PeftModelForQuestionAnswering(_TaskModel):
-    task = TaskType.QUESTION_ANS
+class PeftModelForQuestionAnswering(_TaskModel, task=TaskType.QUESTION_ANS): ...
 
 
-class PeftModelForFeatureExtraction(_TaskModel):
-    task = TaskType.FEATURE_EXTRACTION
-
-
-MODELS: dict[TaskType, type[PeftModel]] = {
-    kind.task: kind
-    for kind in (
-        PeftModelForCausalLM,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-        PeftModelForQuestionAnswering,
-        PeftModelForFeatureExtraction,
-    )
-}
-_BASES: dict[TaskType, Any] = {
-    TaskType.CAUSAL_LM: AutoModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
-    TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: AutoModel,
-}
+class PeftModelForFeatureExtraction(_TaskModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
 class AutoPeftModel:
     """An adapter with the base model that its config names, for the task that it names."""
 
     task: ClassVar[TaskType | None] = None
+
+    def __init_subclass__(cls, task: TaskType, base: Any) -> None:
+        cls.task, _BASES[task] = task, base
 
     def __new__(cls) -> Self:
         message = f"{cls.__name__} only finds models."
@@ -161,25 +143,25 @@ def _fit_vocabulary(base: Any, folder: Path, trust_remote_code: bool) -> None:
             base.resize_token_embeddings(tokens)
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    task = TaskType.CAUSAL_LM
+class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM, base=AutoModelForCausalLM): ...
 
 
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    task = TaskType.SEQ_2_SEQ_LM
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task=TaskType.SEQ_2_SEQ_LM, base=AutoModelForSeq2SeqLM): ...
 
 
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    task = TaskType.SEQ_CLS
+class AutoPeftModelForSequenceClassification(
+    AutoPeftModel, task=TaskType.SEQ_CLS, base=AutoModelForSequenceClassification
+): ...
 
 
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    task = TaskType.TOKEN_CLS
+class AutoPeftModelForTokenClassification(
+    AutoPeftModel, task=TaskType.TOKEN_CLS, base=AutoModelForTokenClassification
+): ...
 
 
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    task = TaskType.QUESTION_ANS
+class AutoPeftModelForQuestionAnswering(
+    AutoPeftModel, task=TaskType.QUESTION_ANS, base=AutoModelForQuestionAnswering
+): ...
 
 
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    task = TaskType.FEATURE_EXTRACTION
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXTRACTION, base=AutoModel): ...

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.modules.base import LINEARS, apply_weight, empty, weight_of
+from nbtune.kernels.low_rank_update import add_low_rank_by_row
+from nbtune.modules.base import LINEARS, apply_weight, empty, refuse_groups, weight_of
 from nbtune.peft.configs.lora import AdaLoraConfig
 from nbtune.peft.layer import Adapter, Several
 from nbtune.peft.rows import Group
@@ -51,9 +52,7 @@ class AdaLora(Adapter):
 
     @classmethod
     def create(cls, base: Any, config: AdaLoraConfig, path: str, shared: None) -> Self:
-        if isinstance(base, nn.Conv2d) and base.groups > 1:
-            message = f"{path} is a convolution in {base.groups} groups; ADALORA adapts only those with one."
-            raise AdapterError("Grouped convolution", message, "Leave it out of target_modules.")
+        refuse_groups(base, path)
         kept = _masks(config).get(path)
         r, weight = config.init_r if kept is None else sum(kept), weight_of(base)
         A, B, E = empty(base, r, weight[0].numel()), empty(base, len(weight), r), empty(base, r, 1)
@@ -93,16 +92,13 @@ class AdaLora(Adapter):
 
     @classmethod
     def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        rank = max(len(adapter.lora_A) for adapter in adapters)
-        A = [adapter.scaling * adapter.lora_E * adapter.lora_A for adapter in adapters]
-        A = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in A])[group.index]  # [rows, r, in]
-        B = torch.stack([F.pad(adapter.lora_B, (0, rank - len(adapter.lora_A))) for adapter in adapters])[group.index]
-        if isinstance(base, nn.Conv2d):
-            weights = (B @ A).view(len(A), *weight_of(base).shape)
-            return y + torch.cat([apply_weight(base, x[i : i + 1], weight) for i, weight in enumerate(weights)])
-        dropped = F.dropout(x, adapters[0].dropout) if adapters[0].dropout and adapters[0].training else x
-        hidden = torch.bmm(dropped.reshape(len(A), -1, x.shape[-1]), A.mT.to(x.dtype))
-        return y + torch.bmm(hidden, B.mT.to(x.dtype)).view_as(y)
+        all_A, all_B = [one.lora_E * one.lora_A for one in adapters], [one.lora_B for one in adapters]
+        first, scalings = adapters[0], [one.scaling for one in adapters]
+        if not isinstance(base, nn.Conv2d):
+            x = F.dropout(x, first.dropout) if first.dropout and first.training else x
+            return add_low_rank_by_row(y, x, all_A, all_B, scalings, group.index)
+        weights = [(s * B @ A).view(base.weight.shape) for s, A, B in zip(scalings, all_A, all_B, strict=True)]
+        return y + torch.cat([apply_weight(base, x[row : row + 1], weights[n]) for row, n in enumerate(group.which)])
 
     @classmethod
     def penalty(cls, adapters: Mapping[str, Adapter], config: AdaLoraConfig) -> Tensor:
