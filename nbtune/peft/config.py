@@ -10,24 +10,19 @@ Imports no torch, so that a spec can be read, checked and shown before anything 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import importlib
 import json
-import operator
 import re
 import typing
 import warnings
-from collections.abc import Mapping, Sequence
-from enum import Enum, StrEnum
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from nbtune import _files
+from nbtune._settings import check, check_regex, detail, did_you_mean, invalid, plain, setting
 from nbtune.errors import AdapterError
-from nbtune.peft.fields import detail, setting
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -128,9 +123,9 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
+            value = plain(getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-            _check(type(self), field, value)
+            check(type(self), field, value)
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise invalid("task_type", self.task_type, f"must be one of {', '.join(TaskType)}")
 
@@ -341,60 +336,3 @@ def _download(repository: str, revision: str | None) -> Path:
         message = f"There is no folder {repository}, and the hub says: {error}"
         raise AdapterError("No such adapter", message, "Check the name, or the network.") from error
     return Path(found)
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`Did you mean ...?` with the nearest of the known names, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
-    return f"Did you mean {', '.join(near)}?" if near else ""
-
-
-def invalid(name: str, value: Any, must: str) -> AdapterError:
-    """The error for a setting whose value cannot be right."""
-    return AdapterError(f"Invalid {name}", f"{name} is {value!r}; it {must}.")
-
-
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # names of `operator`
-
-
-def _check(cls: type[PeftConfig], field: dataclasses.Field[Any], value: Any) -> None:
-    name, meta = field.name, field.metadata
-    if "pending" in meta:
-        # PEFT writes both null and an empty value for a setting that is not used.
-        if value and value != meta["pending"]:
-            remedy = "Leave it at its default, or use peft for this adapter."
-            raise AdapterError(f"{name} is not there yet", f"{name} is {value!r}; nbtune cannot do this yet.", remedy)
-        return
-    choices = meta.get("choices")
-    chosen = any(type(value) is type(choice) and value == choice for choice in choices or ())
-    if choices is not None and not chosen and not re.fullmatch(meta.get("pattern", r"(?!)"), str(value)):
-        raise invalid(name, value, f"must be one of {', '.join(map(repr, choices))}")
-    try:
-        _validator(cls, name).validate_python(value)
-    except ValidationError as error:
-        raise invalid(name, value, f"must be of type {field.type}") from error
-    for key, words in _LIMITS.items():
-        if key in meta and value is not None and not vars(operator)[key](value, meta[key]):
-            raise invalid(name, value, f"must be {words} {meta[key]}")
-
-
-@functools.cache
-def _validator(cls: type[PeftConfig], name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(typing.get_type_hints(cls)[name], config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can carry: sets have no order and would change a file by themselves, so they are sorted."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_regex(name: str, pattern: Any) -> None:
-    """Raise AdapterError for a text that is no regular expression; lists of names are none."""
-    try:
-        re.compile(pattern if isinstance(pattern, str) else "")
-    except re.error as error:
-        raise invalid(name, pattern, f"must be a regular expression ({error})") from error

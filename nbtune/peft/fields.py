@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-
-def setting(
-    default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, **metadata: Any
-) -> Any:
-    """A field with its help and more: label, unit, choices, pattern, ge, gt, le, lt, advanced, sweepable."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, **metadata})
-
-
-detail = functools.partial(setting, advanced=True)  # a setting that few people change
+from nbtune._settings import detail, setting
 
 
 def pending(default: Any = None) -> Any:

@@ -28,7 +28,6 @@ from nbtune.peft.checkpoint import LoadResult
 from nbtune.peft.config import PeftConfig, TaskType, adapter_folder
 from nbtune.peft.model import PeftModel
 
-
 MODELS: dict[TaskType, type[PeftModel]] = {}
 _BASES: dict[TaskType, Any] = {}
 
