@@ -6,16 +6,23 @@ print(problem)
 
 from __future__ import annotations
 
+import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nbtune.errors import AdapterError, NbtuneError, RunError
-from nbtune.peft.config import LayerConfig
+from nbtune.errors import AdapterError, ModelError, NbtuneError, RunError
+from nbtune.peft.config import LayerConfig, PeftConfig
+from nbtune.peft.configs.lora import AdaLoraConfig, LoraConfig
+from nbtune.peft.configs.vectors import TrainableTokensConfig
 from nbtune.plan import format_bytes, plan
-from nbtune.spec import RunSpec
+from nbtune.spec import RunSpec, method_label, settings
+
+if TYPE_CHECKING:
+    from nbtune.models import ModelInfo
 
 Severity = Literal["error", "warning"]
 
@@ -112,6 +119,12 @@ def _model(spec: RunSpec) -> Iterator[Problem]:
         yield _problem(error, "model.name")
         return
 
+    yield from _context(spec, info)
+    yield from _quantisation(spec, info)
+    yield from _method(spec)
+
+
+def _context(spec: RunSpec, info: ModelInfo) -> Iterator[Problem]:
     context, prompt = info.context_length, spec.virtual_tokens
     if context is not None and spec.training.max_length + prompt > context:
         before = f", and {prompt} virtual tokens come before each example" if prompt else ""
@@ -121,11 +134,43 @@ def _model(spec: RunSpec) -> Iterator[Problem]:
             f"Set max_length to {context - prompt} or less.",
             setting="training.max_length",
         )
-    try:
-        planned = plan(spec)
-    except AdapterError as error:
-        yield _problem(error, "method.target_modules" if isinstance(spec.method, LayerConfig) else None)
+
+
+def _quantisation(spec: RunSpec, info: ModelInfo) -> Iterator[Problem]:
+    from nbtune.models import default_device
+
+    if not spec.model.load_in_4bit or default_device().type != "cpu":
         return
+    from nbtune.models.loader import check_rows
+
+    try:
+        for module in info.modules:
+            if module.layer is not None:
+                check_rows(info.source, module.name, module.in_features)
+    except ModelError as error:
+        yield _problem(error, "model.load_in_4bit")
+
+
+def _method(spec: RunSpec) -> Iterator[Problem]:
+    """What the method's settings do to the model, seen by giving its skeleton the adapter."""
+    try:
+        _require_what_a_run_has(spec)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            planned = plan(spec)
+    except AdapterError as error:
+        yield _problem(error, setting_of(str(error), spec.method))
+        return
+    if told:
+        text = "\n".join(dict.fromkeys(str(warning.message) for warning in told))  # many layers say the same
+        yield Problem("The method would warn", text, severity="warning", setting=setting_of(text, spec.method))
+    if not planned.parts["gradients"]:
+        yield Problem(
+            "Nothing would be trained",
+            f"With these settings {method_label(spec.to_dict()['method'])} has no parameter to train.",
+            "Name the tokens in token_indices." if isinstance(spec.method, TrainableTokensConfig) else "Change them.",
+            setting="method.token_indices" if isinstance(spec.method, TrainableTokensConfig) else None,
+        )
     needed, available = planned.peak_bytes, planned.available_bytes
     if needed > available:
         yield Problem(
@@ -135,3 +180,32 @@ def _model(spec: RunSpec) -> Iterator[Problem]:
             severity="warning",
             setting="training.max_length",
         )
+
+
+def _require_what_a_run_has(spec: RunSpec) -> None:
+    """Raise AdapterError where the method wants what is not there in a run, or is there only when it trains."""
+    method, steps = spec.method, spec.training.max_steps
+    if isinstance(method, AdaLoraConfig) and method.total_step is None and steps > 0:
+        method.replace(total_step=steps)
+    if not isinstance(method, LoraConfig):
+        return
+    if method.init_lora_weights == "eva":
+        raise AdapterError(
+            "A run has no EVA",
+            "init_lora_weights is eva, which starts from inputs of the layers, and a run does not collect them.",
+            "Choose another init_lora_weights, or call initialize_lora_eva_weights in a loop of your own.",
+        )
+    if method.init_lora_weights == "loftq" and spec.model.quantised_bytes is not None:
+        raise AdapterError(
+            "LoftQ needs the original weights",
+            "init_lora_weights is loftq, and the model is loaded in 4 or 8 bits already.",
+            "Choose another init_lora_weights, or load the model in 16 bits.",
+        )
+
+
+def setting_of(text: str, method: PeftConfig | Literal["full"]) -> str | None:
+    """The path of the method's setting that a text names first; of the modules to adapt, if it names none."""
+    words = re.findall(r"\w+", text)
+    named = {setting.name: setting.path for setting in settings(method) if setting.part == "method"}
+    modules = "method.target_modules" if isinstance(method, LayerConfig) else None
+    return next((named[word] for word in words if word in named), modules)

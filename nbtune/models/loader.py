@@ -98,7 +98,7 @@ def _read_model(
     if quantised:
         for path, module in model.named_modules():
             if spec.load_in_4bit and device.type == "cpu" and is_quantised(module):
-                _check_rows(source, path, module.in_features)  # pyright: ignore[reportArgumentType] - a linear layer
+                check_rows(source, path, module.in_features)  # pyright: ignore[reportArgumentType] - a linear layer
             keep_unpacked(module)
     # An adapter saved from this model names its base by this; the cache folder would mean nothing elsewhere.
     model.config._name_or_path = source.origin
@@ -106,7 +106,7 @@ def _read_model(
     return model
 
 
-def _check_rows(source: Source, path: str, in_features: int) -> None:
+def check_rows(source: Source, path: str, in_features: int) -> None:
     """On a CPU bitsandbytes 0.50 looks 4-bit scales up by row: wrong ones, even past the end, where blocks are cut."""
     if in_features % 64:
         raise ModelError(
