@@ -7,6 +7,7 @@ long as the scaling is the same.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,17 +58,14 @@ def _check(new: dict[str, inject.Adapter], places: dict[str, inject.Adapter]) ->
         message = f"The new adapter adapts {len(extra)} layers that the loaded one does not, such as {extra[0]}."
         raise AdapterError("Does not fit in place", message, "Load the adapter with more layers first.")
     for path, place in places.items():
-        pair = [part for part in (place, new.get(path)) if part is not None]
-        names = [{name for name, _ in part.named_parameters()} for part in pair]
-        if not all(isinstance(part, Lora) and part.start_A is None for part in pair) or any(
-            n != names[0] for n in names
-        ):
+        pair: list[Any] = [part for part in (place, new.get(path)) if part is not None]
+        alike = len({tuple(name for name, _ in part.named_parameters()) for part in pair}) == 1
+        if not alike or not all(isinstance(part, Lora) and part.start_A is None for part in pair):
             message = f"{path}: one of the two has more than A and B, or is no LoRA."
             raise AdapterError("Does not fit in place", message, "Use load_adapter and delete_adapter.")
-        if len(pair) == 2 and len(pair[1].lora_A) > len(pair[0].lora_A):
-            message = (
-                f"{path}: the new adapter's rank is {len(pair[1].lora_A)}, the loaded one's {len(pair[0].lora_A)}."
-            )
+        ranks = [len(part.lora_A) for part in pair]
+        if ranks[-1] > ranks[0]:
+            message = f"{path}: the new adapter's rank is {ranks[-1]}, the loaded one's {ranks[0]}."
             raise AdapterError("Does not fit in place", message, "Load the adapter with the highest rank first.")
 
 

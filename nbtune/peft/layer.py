@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 from nbtune.modules.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
+from nbtune.modules.stacked import stacked
 from nbtune.peft.config import PeftConfig
-from nbtune.peft.rows import BASE, Group, Rows, stacked
+from nbtune.peft.rows import BASE, Group, Rows
 
 PREFIX = "base_model.model."  # of a module's path in a file
 
@@ -140,12 +141,14 @@ class Adapter(_Stored):
     @classmethod
     def before_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor) -> Tensor:
         """`before` with another adapter per row: for x [B, ...], row b by `adapters[group.which[b]]`."""
-        return stacked(cls.before, adapters, group, x)
+        return adapters[0].before(x) if len(adapters) == 1 else stacked(cls.before, adapters, *group.table, x)
 
     @classmethod
     def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """`forward` with another adapter per row: for x and y [B, ...], row b by `adapters[group.which[b]]`."""
-        return stacked(lambda adapter, x, y: adapter(x, y, base), adapters, group, x, y)
+        if len(adapters) == 1:
+            return adapters[0](x, y, base)
+        return stacked(lambda adapter, x, y: adapter(x, y, base), adapters, *group.table, x, y)
 
 
 class Replacement(Adapter):

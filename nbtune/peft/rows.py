@@ -1,7 +1,6 @@
 """Another adapter per row of a batch, computed in one batch.
 
-The rows that one kind of adapter serves form a `Group`. `stacked` runs an equation written for one adapter for all
-adapters of a group at once: their parameters are stacked, the rows sorted by adapter, and torch.vmap does the rest.
+The rows that one kind of adapter serves form a `Group`, which says how modules.stacked sorts them by adapter.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbtune.errors import AdapterError
 
@@ -33,7 +32,7 @@ class Group:
         return x if self.rows is None else x[self.rows]
 
     def put(self, x: Tensor, part: Tensor) -> Tensor:
-        """x [B, ...] with the group's rows replaced."""
+        """X [B, ...] with the group's rows replaced."""
         if self.rows is None:
             return part
         return x.index_copy(0, self.rows, part.to(x.dtype))
@@ -98,42 +97,3 @@ class Rows:
             return Group(tuple(which), None, x.device)
         mine = [row for row, number in enumerate(which) if number >= 0]
         return Group(tuple(which[row] for row in mine), torch.tensor(mine, device=x.device), x.device)
-
-
-class _Call(nn.Module):
-    """Makes any function of an adapter a module, whose parameters torch.func can replace."""
-
-    def __init__(self, function: Callable[..., Tensor], adapter: nn.Module) -> None:
-        super().__init__()
-        self.function, self.adapter = function, adapter
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self.adapter, *inputs)
-
-
-def stacked(function: Callable[..., Tensor], adapters: Sequence[nn.Module], group: Group, *inputs: Tensor) -> Tensor:
-    """`function(adapter, *inputs)` for inputs [B', ...], row b with `adapters[group.which[b]]`.
-
-    The adapters have the same shapes and settings. A tensor that they share is not stacked.
-    """
-    states = [_tensors(adapter) for adapter in adapters]
-    if len(states) == 1:
-        return function(adapters[0], *inputs)
-    tensors, dims = {}, {}
-    for name, first in states[0].items():
-        shared = all(state[name] is first for state in states)
-        tensors[f"adapter.{name}"] = first if shared else torch.stack([state[name] for state in states])
-        dims[f"adapter.{name}"] = None if shared else 0
-    call = _Call(function, adapters[0])
-    table, place = group.table
-
-    def one(tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        return torch.func.functional_call(call, tensors, inputs)
-
-    mapped = torch.vmap(one, in_dims=(dims, *[0] * len(inputs)), randomness="different")
-    out = mapped(tensors, *(x[table] for x in inputs))  # [adapters, n, ...]
-    return out.flatten(0, 1)[place]
-
-
-def _tensors(adapter: nn.Module) -> dict[str, Tensor]:
-    return {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
