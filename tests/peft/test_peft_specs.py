@@ -1,4 +1,4 @@
-"""Every method as a run's method: the spec and its YAML, the settings, the plan from shapes alone, and what check says."""
+"""Every method as a run's method: the spec, its YAML and settings, the plan from shapes alone, what check says."""
 
 from __future__ import annotations
 

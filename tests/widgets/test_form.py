@@ -1,9 +1,12 @@
 """The generated form: every setting has a field, what is typed becomes its value, what is wrong is said beside it."""
 
+import html
+
 import pytest
 
 from nbtune import LoraConfig, RunSpec
 from nbtune.errors import SpecError
+from nbtune.peft import C3AConfig, HiraConfig, LoKrConfig, PeftType, PromptTuningConfig, TrainableTokensConfig
 from nbtune.spec import settings
 from nbtune_widgets.form import Field, FieldError, Group
 from nbtune_widgets.specform import FormError, SpecForm
@@ -20,6 +23,17 @@ def test_every_setting_has_a_field_with_its_help_and_default(form):
     for field in form.fields.values():
         assert field.setting.help in field._help.value.replace("&#x27;", "'")
         assert field.value == field.setting.default
+
+
+@pytest.mark.parametrize("kind", list(PeftType))
+def test_every_method_has_its_form(form, kind):
+    form.method = kind
+    assert list(form.fields) == [setting.path for setting in settings(form.spec.method)]
+    for path, field in form.fields.items():
+        assert field.error == ""
+        assert html.escape(field.setting.help, quote=True) in field._help.value, path
+        assert field.value == field.setting.default, path
+    assert form.spec == RunSpec(method=kind)
 
 
 def test_the_untouched_form_is_the_default_spec(form):
@@ -40,6 +54,11 @@ def test_the_untouched_form_is_the_default_spec(form):
         ("method.layers_to_transform", "1, 2", [1, 2]),
         ("method.layers_to_transform", "", None),
         ("method.rank_pattern", "q_proj: 4, v_proj: 8", {"q_proj": 4, "v_proj": 8}),
+        ("method.trainable_token_indices", "3, 4", [3, 4]),
+        ("method.trainable_token_indices", "embed_tokens: [3, 4]", {"embed_tokens": [3, 4]}),
+        ("method.eva_config", "rho: 1.5, tau: 0.9", {"rho": 1.5, "tau": 0.9}),
+        ("method.eva_config", "", None),
+        ("method.loftq_config", "", {}),
         ("model.revision", "", None),
         ("data.max_rows", "100", 100),
     ],
@@ -136,6 +155,27 @@ def test_any_spec_goes_through_the_form_unchanged(form):
     )
     form.load(spec)
     assert form.spec == spec
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoraConfig(init_lora_weights="pissa_niter_4", trainable_token_indices={"embed_tokens": [1, 2]}),
+        LoraConfig(init_lora_weights=False, rank_pattern={r".*\.[0-3]\.(q|k)_proj{1,2}": 4}, eva_config={"rho": 1.5}),
+        LoraConfig(target_modules=["layers.0.mlp.up_proj", "k_proj"], exclude_modules="model.layers.1.*"),
+        C3AConfig(init_weights=True, block_size_pattern={"q_proj": 8}),
+        HiraConfig(init_weights=None),
+        LoKrConfig(init_weights="lycoris"),
+        TrainableTokensConfig(token_indices=[4, 2]),
+        PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="Answer: 1, 2"),
+    ],
+    ids=repr,
+)
+def test_any_method_goes_through_the_form_unchanged(form, method):
+    form.load(RunSpec(method=method))
+    assert form.spec.method == method
+    form.load(RunSpec(method=type(method)()))
+    assert form.spec.method == type(method)()
 
 
 def test_advanced_is_folded_and_counts_what_was_changed():

@@ -10,6 +10,7 @@ import pytest
 import nbtune as nt
 import nbtune_widgets
 from nbtune.errors import RunError
+from nbtune.peft.config import PeftType
 from nbtune_widgets import Wizard
 from nbtune_widgets._worker import Worker
 
@@ -118,6 +119,81 @@ def test_full_training_has_no_modules_to_pick(wizard):
     assert wizard.spec.method == nt.LoraConfig(target_modules="all-linear")
 
 
+@pytest.mark.parametrize("kind", [*PeftType, "full"])
+def test_every_method_is_a_card_in_its_family_with_a_form(wizard, kind):
+    wizard.methods[kind].click()
+    assert wizard.methods[kind] in wizard._cards.children
+    assert wizard.families.value == ("full" if kind == "full" else PeftType(kind).family)
+    needed = {"C3A": {"block_size": 64}, "VBLORA": {"vector_length": 64}, "TRAINABLE_TOKENS": {"token_indices": [5]}}
+    for name, value in needed.get(kind, {}).items():
+        wizard.fields[f"method.{name}"].control.value = str(value)
+    wizard.wait(SECONDS)
+    assert wizard.error is None or wizard.frame.notice.value == ""
+    assert not any(field.error for field in wizard.fields.values())
+    spec = wizard.spec
+    assert spec == nt.RunSpec(method={"peft_type": kind, **needed.get(kind, {})} if kind != "full" else "full",
+                              tracking={"mlflow": False})  # fmt: skip
+    assert "base weights" in wizard.frame.plan.value
+    if kind == "full":
+        return
+    assert wizard._method_fields.children == (wizard.form.method_group.widget,)
+    assert f"{nt.plan(spec).parts['adapter'] // 4:,} trainable parameters" in wizard.picker.summary.value
+    adapts_linears = kind not in ("LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+    assert (wizard.picker.map.layout.display is None) == adapts_linears
+    assert ("of 210 modules" in wizard.picker.summary.value) == adapts_linears
+
+
+def test_the_cards_are_in_families(wizard):
+    shown = []
+    for family in wizard.families.options:
+        wizard.families.value = family[1]
+        shown += [button.description.partition("\n")[0] for button in wizard._cards.children]
+    assert len(shown) == len(PeftType) + 1
+    assert shown[:2] == ["LoRA", "AdaLoRA"]
+    assert wizard.form.method == "LORA"  # only looked
+    assert len({button.description for button in wizard.methods.values()}) == len(shown)
+
+
+def test_a_setting_that_does_not_suit_the_model_is_said_at_its_field(wizard):
+    wizard.methods["C3A"].click()
+    wizard.fields["method.block_size"].control.value = "256"  # the default
+    wizard.wait(SECONDS)
+    field = wizard.fields["method.block_size"]
+    assert "does not divide both" in field.error
+    assert wizard.frame.pills[2].description.startswith("! ")
+    field.control.value = "many"
+    wizard.wait(SECONDS)
+    assert field.error == "Must be a whole number"
+    field.control.value = "64"
+    wizard.wait(SECONDS)
+    assert field.error == ""
+    assert not any(pill.description.startswith("! ") for pill in wizard.frame.pills)
+    wizard.methods["LORA"].click()
+    wizard.fields["method.rank_pattern"].control.value = "q_porj: 4"  # an advanced one, folded away
+    wizard.wait(SECONDS)
+    assert "q_proj" in wizard.fields["method.rank_pattern"].error
+    assert wizard.form.method_group._more.layout.display is None
+
+
+def test_quantisation_changes_the_plan_and_cannot_be_two(wizard):
+    whole = wizard.frame.plan.value
+    wizard.fields["model.load_in_4bit"].control.value = True
+    wizard.wait(SECONDS)
+    assert wizard.spec.model.load_in_4bit
+    in_4_bits = wizard.frame.plan.value
+    assert "base weights" in in_4_bits
+    assert in_4_bits != whole
+    wizard.fields["model.load_in_8bit"].control.value = True
+    wizard.wait(SECONDS)
+    assert "choose one" in wizard.fields["model.load_in_4bit"].error
+    assert "choose one" in wizard.frame.notice.value
+    wizard.fields["model.load_in_4bit"].control.value = False
+    wizard.wait(SECONDS)
+    assert wizard.frame.notice.value == ""
+    assert wizard.frame.plan.value not in (whole, in_4_bits)
+    assert wizard.fields["model.load_in_4bit"].error == ""
+
+
 def test_the_data_step_shows_a_row_with_its_loss(wizard, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say <b>{n}</b>.", "output": f"It is {n}."} for n in range(20)]
@@ -179,6 +255,8 @@ def test_review_lists_problems_and_leads_to_the_setting(wizard):
         {},
         {"max_steps": 5, "learning_rate": 1e-3},
         {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [3, 4, 5, 6, 7], "mlflow": True},
+        {"method": nt.OFTConfig(oft_block_size=8, target_modules=["q_proj"])},
+        {"method": nt.PrefixTuningConfig(num_virtual_tokens=7)},
         {"method": "full", "dtype": "float32", "eval_fraction": 0.1},
     ],
 )

@@ -6,34 +6,20 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from nbtune.spec import RunSpec, method_label
 from nbtune_widgets._style import gigabytes
 
 if TYPE_CHECKING:
-    from nbtune.peft.config import PeftConfig
-    from nbtune.spec import RunSpec
     from nbtune_widgets.live import LiveRun
 
 _CELL = "padding:3px 14px 3px 0;text-align:left;vertical-align:top;border:0;background:none"
 
 
-def method_name(cls: type[PeftConfig]) -> str:
-    """LoRA, IA3: the class's name as papers write it."""
-    name = cls.__name__.removesuffix("Config")
-    return {"Lora": "LoRA"}.get(name, name)
-
-
-def method_label(spec: RunSpec) -> str:
-    """LoRA r16, IA3, Full."""
-    if spec.method == "full":
-        return "Full"
-    settings = spec.method.to_dict()
-    return method_name(type(spec.method)) + (f" r{settings['r']}" if "r" in settings else "")
-
-
 def title(spec: RunSpec) -> str:
     """LoRA r16 · smollm2-135m-instruct · stdlib-docs; of a path only its last part."""
+    method = "Full" if spec.method == "full" else method_label(spec.method.to_dict())
     model, data = (text.rstrip("/").rsplit("/", 1)[-1] for text in (spec.model.name, spec.data.source))
-    return f"{method_label(spec)} · {model} · {data}"
+    return f"{method} · {model} · {data}"
 
 
 def rows(run: LiveRun) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ Nothing about a setting is written here: what is asked, how it is explained and 
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -71,8 +72,11 @@ class Field:
     def value(self, value: Any) -> None:
         if isinstance(self.control, widgets.Text):
             self.control.value = _text(value)
-        else:
-            self.control.value = value
+            return
+        pattern, choices = self.setting.pattern, self.setting.choices or ()
+        if isinstance(self.control, widgets.Dropdown) and pattern and re.fullmatch(pattern, str(value)):
+            self.control.options = [(_choice(choice), choice) for choice in dict.fromkeys([*choices, value])]
+        self.control.value = value
 
     @property
     def changed(self) -> bool:
@@ -148,7 +152,9 @@ def _control(setting: Setting, look: Look) -> widgets.Dropdown | widgets.Checkbo
 
 
 def _choice(choice: Any) -> str:
-    return {True: "yes", False: "no"}[choice] if isinstance(choice, bool) else str(choice).replace("_", " ")
+    if isinstance(choice, bool | None):
+        return {True: "yes", False: "no", None: "none"}[choice]
+    return str(choice).replace("_", " ")
 
 
 def _limited(setting: Setting) -> Any:
@@ -166,10 +172,10 @@ def _takes(annotation: Any, member: type) -> bool:
 
 
 def _read(text: str, annotation: Any) -> Any:
-    """What a person typed, as plain data: `q_proj, v_proj`, `0, 1, 2`, `q_proj: 4`; an empty line is none."""
+    """What a person typed, as plain data: `q_proj, v_proj`, `0, 1, 2`, `q_proj: 4`; an empty line is none or empty."""
     if not text and _takes(annotation, type(None)):
         return None
-    if _takes(annotation, dict):
+    if _takes(annotation, dict) and (":" in text or not _takes(annotation, list)):
         return yaml.safe_load("{" + text.strip("{}") + "}")
     if _takes(annotation, list):
         # One name is a list of one: as a text it would be a regular expression over whole paths.
@@ -182,10 +188,8 @@ def _read(text: str, annotation: Any) -> Any:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list | dict):
+        return yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
     return str(value)
 
 

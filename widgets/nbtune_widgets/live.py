@@ -126,8 +126,6 @@ class LiveView:
         self._note = ("", "", "")  # status when it was said, text, kind
         self._build()
 
-    # -- what is on the screen ---------------------------------------------------------------------------------------
-
     def _build(self) -> None:
         name = f'<span class="nt-name" title="{self.run.id}">{short_name(self.run)}</span>'
         name = f'<div class="nt-row">{name}{chip(_summary.title(self.run.spec))}</div>'
@@ -202,8 +200,6 @@ class LiveView:
         """What the view controls say."""
         return charts.View(self.window.value or None, self.log_scale.value, self.smoothing.value)
 
-    # -- who drives --------------------------------------------------------------------------------------------------
-
     def pump(self) -> None:
         """Draw from this thread until the run ends. An interrupt of the kernel stops the run, a second one leaves."""
         self._take_over()
@@ -276,8 +272,6 @@ class LiveView:
         self._wake.set()
         if not self._blocking:
             self.start()
-
-    # -- one look ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> bool:
         """Obey, draw, and say whether the run has ended."""

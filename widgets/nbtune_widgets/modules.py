@@ -44,7 +44,8 @@ class ModulePicker:
         heading = widgets.HTML('<div class="nt-heading">Target modules</div>', layout=widgets.Layout(flex="1 1 auto"))
         top = widgets.HBox([heading, *self.presets.values()], layout=widgets.Layout(flex_flow="row wrap"))
         top.add_class("nt-presets")
-        self.widget = widgets.VBox([top, self._rows, self.layers, self.summary])
+        self.map = widgets.VBox([top, self._rows, self.layers])
+        self.widget = widgets.VBox([self.map, self.summary])
 
     def show(self, info: ModelInfo) -> None:
         """Draw the map of this model's blocks."""
@@ -85,10 +86,10 @@ class ModulePicker:
         share = f" ({100 * trainable / self._parameters:.2g} %)" if self._parameters else ""
         outside = len(adapted) - len(chosen)
         more = f" and {outside} outside the layers" if outside > 0 else ""
-        self.summary.value = (
-            f'<div class="nt-b">{len(chosen)} of {len(self._modules)} modules{more} · '
-            f"{trainable:,} trainable parameters{share}</div>"
-        )
+        what = f"{len(chosen)} of {len(self._modules)} modules{more} · " if chosen else ""
+        if adapted and not chosen:  # none that the map shows
+            what = f"{outside} modules · "
+        self.summary.value = f'<div class="nt-b">{what}{trainable:,} trainable parameters{share}</div>'
 
     def refuse(self, reason: str) -> None:
         """Say why the choice adapts nothing."""

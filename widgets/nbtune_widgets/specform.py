@@ -16,7 +16,7 @@ from ipywidgets import DOMWidget
 from nbtune.errors import SpecError
 from nbtune.peft.config import PeftConfig
 from nbtune.peft.configs.lora import LoraConfig
-from nbtune.spec import DataSpec, RunSpec, Setting, settings
+from nbtune.spec import DataSpec, ModelSpec, RunSpec, Setting, settings
 from nbtune_widgets.form import Field, FieldError, Group, Look
 
 FULL = "full"
@@ -92,6 +92,14 @@ class SpecForm:
             self.fields[path].mark("") if path in self.fields else None
         self._blamed.clear()
         return spec
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model part alone, whatever the others hold. Raises FormError as `spec` does."""
+        try:
+            return ModelSpec(**self.values("model"))
+        except pydantic.ValidationError as error:
+            raise FormError("The settings do not fit each other", self._blame(error)) from error
 
     def values(self, part: str) -> dict[str, Any]:
         """The values of one part's fields. Raises FormError naming a field that cannot be read."""

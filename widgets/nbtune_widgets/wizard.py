@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 from IPython.display import DisplayHandle, display
 
-from nbtune.errors import NbtuneError, RunError
+from nbtune.errors import AdapterError, NbtuneError, RunError
 from nbtune.peft.config import LayerConfig, PeftConfig, PeftType
-from nbtune.spec import ModelSpec, RunSpec
+from nbtune.spec import RunSpec
 from nbtune_widgets import _cards, live
 from nbtune_widgets._frame import STEPS, Frame, machine, set_class
 from nbtune_widgets._style import chip
-from nbtune_widgets._summary import method_name
 from nbtune_widgets._worker import Worker
 from nbtune_widgets.form import Field
 from nbtune_widgets.modules import ModulePicker
@@ -37,6 +36,12 @@ if TYPE_CHECKING:
     from nbtune.run import Run
 
 DATA, REVIEW = STEPS.index("Data"), STEPS.index("Review")
+# Where configs of a family are (nbtune.peft.configs), and what the form calls it.
+_FAMILIES = {
+    "lora": "LoRA", "low_rank": "Low rank", "vectors": "Vectors", "rotations": "Rotations",
+    "shared": "Shared matrices", "sparse": "Sparse", "prompts": "Prompts", FULL: "Full",
+}  # fmt: skip
+_NO_MAP = (PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)  # norms and embeddings; the map has linear layers
 _STEP_OF = {"model": 0, "data": 1, "method": 2, "training": 3, "tracking": 3}
 
 
@@ -53,6 +58,7 @@ class Wizard:
         self.arena: Arena | None = None
         self.error: str | None = None  # the traceback of the last thing that went wrong
         self._skeleton: Any = None  # the chosen model without weights
+        self._refused: dict[str, str] = {}  # settings that do not suit the model, and why
         self._data_is_stale = True
         self._failures: dict[str, str] = {}
         self._places: list[DisplayHandle] = []
@@ -104,11 +110,13 @@ class Wizard:
         self.form.method = name
         for kind, button in self.methods.items():
             set_class(button, "nt-on", on=kind == name)
+        self.families.value = _family(name)
         group = self.form.method_group
         self._method_fields.children = [group.widget] if group is not None else []
         targets = [self.fields[TARGETS].widget] if TARGETS in self.fields else []
+        self.picker.map.layout.display = None if targets and name not in _NO_MAP else "none"
         self._modules.children = [self.picker.widget, *targets]
-        self._modules.layout.display = None if targets else "none"
+        self._modules.layout.display = "none" if name == FULL else None
         self._react("method")
 
     def go(self, step: int) -> None:
@@ -173,15 +181,13 @@ class Wizard:
         self._worker.close()
         if self.view is not None:
             self.view.close()
-        live.dispose(self.widget, self.compare_button, self.chat, *self.form.widgets)
+        live.dispose(self.widget, self.compare_button, self.chat, *self.methods.values(), *self.form.widgets)
 
     def _ipython_display_(self) -> None:
         display(self.widget)
         self._places = live.places("")
         if self.view is not None:
             self.view.keep_in(self._places)
-
-    # -- the pages ---------------------------------------------------------------------------------------------------
 
     def _pages(self) -> list[widgets.DOMWidget]:
         groups = self.form.groups
@@ -195,20 +201,31 @@ class Wizard:
         ]
 
     def _method_page(self) -> widgets.DOMWidget:
-        self.methods = {str(kind): widgets.Button(description=_card(kind)) for kind in (*PeftType, FULL)}
+        look = {"layout": widgets.Layout(), "style": widgets.ButtonStyle()}  # one for all, as in form.Look
+        self.methods = {str(kind): widgets.Button(description=_card(kind), **look) for kind in (*PeftType, FULL)}
         for kind, button in self.methods.items():
             button.add_class("nt-method")
             button.on_click(self._guarded(lambda kind=kind: self.choose_method(kind)))
-        cards = widgets.HBox(list(self.methods.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        families = [(label, family) for family, label in _FAMILIES.items()]
+        self.families = widgets.ToggleButtons(options=families, style={"button_width": "auto"})
+        self.families.add_class("nt-tabs")
+        self._cards = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", margin="8px 0 0"))
+        self.families.observe(self._guarded(self._show_family), names="value")
+        self._show_family()
         self._method_fields = widgets.VBox()
         heading = widgets.HTML('<div class="nt-heading">Method</div>')
         left = widgets.VBox(
-            [heading, cards, self._method_fields], layout=widgets.Layout(flex="1 1 330px", min_width="0")
+            [heading, self.families, self._cards, self._method_fields],
+            layout=widgets.Layout(flex="1 1 330px", min_width="0"),
         )
         self._modules = widgets.VBox(layout=widgets.Layout(flex="2 1 420px", min_width="0"))
         page = widgets.HBox([left, self._modules], layout=widgets.Layout(flex_flow="row wrap"))
         page.add_class("nt-columns")
         return page
+
+    def _show_family(self) -> None:
+        cards = self.methods.items()
+        self._cards.children = [button for kind, button in cards if _family(kind) == self.families.value]
 
     def _review_page(self) -> widgets.DOMWidget:
         self.echo = widgets.ToggleButtons(options=["Python", "YAML", "command"], style={"button_width": "auto"})
@@ -217,8 +234,6 @@ class Wizard:
         self.echo.observe(show, names="value")
         heading = widgets.HTML('<div class="nt-heading">The same run as code</div>')
         return widgets.VBox([self._problems, heading, self.echo, self._code])
-
-    # -- what happens on a click -------------------------------------------------------------------------------------
 
     def _guarded(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """A callback whose error is shown and kept: the kernel would print it where nobody looks."""
@@ -265,8 +280,6 @@ class Wizard:
     def _mark_steps(self) -> None:
         self.frame.mark({_STEP_OF[field.setting.part] for field in self.fields.values() if field.error})
 
-    # -- what the worker does ----------------------------------------------------------------------------------------
-
     def _failed(self, key: str, error: Exception) -> None:
         """Keep an error and show it until the same work goes well."""
         self.error = "".join(traceback.format_exception(error))
@@ -287,7 +300,7 @@ class Wizard:
 
         self._skeleton = None
         self._model_card.value = ""
-        spec = ModelSpec(**self.form.values("model"))
+        spec = self.form.model
         info = describe(spec, on_status=self.frame.say)
         self._skeleton = skeleton(spec)
         self._model_card.value = _cards.model(info)
@@ -296,24 +309,40 @@ class Wizard:
         self._mark_modules()
 
     def _mark_modules(self) -> None:
-        from nbtune.peft import get_peft_model
+        """Give the skeleton the adapter: what it adapts and trains, or which setting does not suit the model."""
+        from nbtune.models import attach_adapter
         from nbtune.peft.targets import find_targets
 
         if self._skeleton is None or self.form.method == FULL:
             return
-        field = self.fields[TARGETS]
+        for path, reason in self._refused.items():
+            if path in self.fields and self.fields[path].error == reason:
+                self.fields[path].mark("")
+        self._refused.clear()
         try:
             method = PeftConfig.from_dict({"peft_type": self.form.method, **self.form.values("method")})
             paths = find_targets(self._skeleton, method) if isinstance(method, LayerConfig) else []
-            adapted = get_peft_model(copy.deepcopy(self._skeleton), method)
+            adapted = attach_adapter(copy.deepcopy(self._skeleton), RunSpec(model=self.form.model, method=method))
         except NbtuneError as error:
-            field.mark(" ".join(part for part in (error.message or error.title, error.remedy) if part))
             self.picker.refuse(error.title)
+            if isinstance(error, AdapterError):
+                self._refuse(error)
         else:
-            field.mark("")
             self.picker.mark(paths, sum(p.numel() for p in adapted.parameters() if p.requires_grad))
             self._fine("modules")
+        if self.form.method_group is not None:
+            self.form.method_group.refresh()  # what is wrong must be seen
         self._mark_steps()
+
+    def _refuse(self, error: AdapterError) -> None:
+        """Say an error of the method at the field that it is about."""
+        from nbtune.check import setting_of
+
+        path = setting_of(str(error), config(self.form.method))
+        if path is not None:
+            reason = " ".join(part for part in (error.message or error.title, error.remedy) if part)
+            self._refused[path] = reason
+            self.fields[path].mark(reason)
 
     def _read_data(self) -> None:
         from nbtune.data import encode, read_rows
@@ -375,8 +404,12 @@ def _card(kind: str) -> str:
     """A method in two lines: its name, and the first words of its class's docstring."""
     if kind == FULL:
         return "Full\nevery weight is trained"
-    cls = type(config(kind))
-    return f"{method_name(cls)}\n{(cls.__doc__ or '').partition('(')[0].strip().lower()}"
+    words = (type(config(kind)).__doc__ or "").partition("(")[0].partition(";")[0].strip(" .")
+    return f"{PeftType(kind).label}\n{words[0].lower()}{words[1:]}"
+
+
+def _family(kind: str) -> str:
+    return FULL if kind == FULL else PeftType(kind).family
 
 
 _shown: Wizard | None = None  # the one on the screen: a cell that is run again must not leave its widgets behind
