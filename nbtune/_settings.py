@@ -27,6 +27,13 @@ def setting(
 detail = functools.partial(setting, advanced=True)  # a setting that few people change
 
 
+def pending(default: Any = None) -> Any:
+    """A setting of PEFT that nbtune does not have yet: written to files at PEFT's default, refused at any other."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"pending": default})
+    return dataclasses.field(default=default, metadata={"pending": default})
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """`Did you mean ...?` with the nearest of the known names, or nothing where none is near."""
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)

@@ -77,6 +77,17 @@ def olora(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return R[:r].contiguous(), Q[:, :r].contiguous()
 
 
+def first_weights(init: bool | str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B by the name of an init: PEFT's values of init_lora_weights, of which False makes both random."""
+    if isinstance(init, str) and init.startswith("pissa"):
+        return pissa(weight, r, scaling, int(init.rpartition("_")[2]) if "niter" in init else None)
+    named = {"gaussian": gaussian, "orthogonal": orthogonal, "olora": olora}
+    A, B = named[init](weight, r) if isinstance(init, str) and init in named else default(weight, r)
+    if init is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    return A, B
+
+
 def as_plain(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """A' [2r, in] and B' [out, 2r] with B' A' = B A - B0 A0: a plain LoRA of rank 2r and the same scaling.
 

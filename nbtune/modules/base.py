@@ -103,3 +103,16 @@ def with_weight(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     if bias is not None:
         clone.bias = nn.Parameter(bias.to(dtype), requires_grad=needs)
     return clone
+
+
+def rows_of(base: Any, tokens: list[int], path: str, setting: str) -> Tensor:
+    """A copy of the rows [tokens, dim] of an embedding or a head. Raises AdapterError naming the `setting`."""
+    if not isinstance(base, nn.Embedding | nn.Linear):
+        message = f"{path} is a {type(base).__name__}; only embeddings and heads have tokens."
+        raise AdapterError("Wrong kind of module", message, f"Name another in {setting}.")
+    weight = weight_of(base).detach()
+    beyond = [token for token in tokens if token >= len(weight)]
+    if beyond:
+        message = f"{setting} names {beyond[0]}, and {path} has {len(weight)} tokens, counted from 0."
+        raise AdapterError("No such token", message, "Resize the model's embeddings first (resize_token_embeddings).")
+    return weight[torch.tensor(tokens, dtype=torch.long, device=weight.device)].to(compute_dtype(base), copy=True)

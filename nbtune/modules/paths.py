@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def ends_with(path: str, names: Sequence[str]) -> bool:
@@ -16,8 +17,13 @@ def of_end(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
+def of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module path, or the default."""
+    return next((value for pattern, value in patterns.items() if of_end(pattern, path)), default)
+
+
 def in_layers(path: str, layers: list[int] | int | None, patterns: list[str] | str | None) -> bool:
-    """Whether a path is in one of the blocks of these numbers, counted in lists of these names (layers_to_transform)."""
+    """Whether a path is in one of the blocks of these numbers, counted in the lists of these names."""
     if layers is None or layers == []:
         return True
     # The first number counts: a later one is that of an expert in its block.

@@ -1,8 +1,11 @@
-"""What a model's config must say after its weights were replaced, or transformers would save or load it wrongly."""
+"""A model's files, and what its config must say of weights that were replaced, or it would be saved wrongly."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,3 +27,11 @@ def forget_quantisation(base: PreTrainedModel) -> None:
     vars(base.config).pop("quantization_config", None)
     base.is_quantized = False
     base.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue] - set by transformers itself
+
+
+def open_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+    """The open safetensors file that holds each tensor of a model's folder."""
+    from safetensors import safe_open
+
+    opened = [files.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - no dict

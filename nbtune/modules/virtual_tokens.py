@@ -27,6 +27,25 @@ def before_each(first: Tensor, row: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([part for segment in row.split(lengths, dim=1) for part in (first, segment)], dim=1)
 
 
+def before_each_text(model: PreTrainedModel, tokens: Tensor, arguments: Arguments) -> tuple[Arguments, Tensor]:
+    """The arguments for a packed row with virtual tokens [1, n, dim] before each of its texts; the texts' places then.
+
+    The arguments are input_ids and position_ids [1, T], and the segments as transformers passes them to an attention.
+    """
+    length, lengths = tokens.shape[1], arguments["cu_seq_lens_q"].diff().tolist()
+    ids, positions = arguments["input_ids"], arguments["position_ids"]
+    embeds = model.get_input_embeddings()(ids)
+    first = torch.arange(length, device=ids.device)[None]
+    places = before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
+    borders = torch.tensor([0, *lengths], dtype=torch.int32)
+    borders[1:] += length
+    changes = {"position_ids": before_each(first, positions + length, lengths)}
+    changes |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cumsum(0, dtype=torch.int32))
+    changes |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths) + length)
+    changes |= {"input_ids": None, "inputs_embeds": before_each(tokens.to(embeds.dtype), embeds, lengths)}
+    return {**arguments, **changes}, places
+
+
 def longer_mask(arguments: Arguments, length: int, name: str = "attention_mask") -> Arguments:
     """The attention mask [B, T] of this name as [B, length + T]."""
     mask = arguments.get(name)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
-from nbtune.modules.loftq import loftq_of_base
-from nbtune.peft.configs.lora import LoraConfig
 from nbtune.modules.eva import eva
+from nbtune.modules.loftq import loftq_of_base
+from nbtune.modules.pretrained import open_weights
+from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.inject import adapter_layers, attach
 from nbtune.peft.methods.lora import Lora
 from nbtune.peft.model import PeftModel
@@ -71,7 +72,7 @@ def replace_lora_weights_loftq(
     folder = Path(model_path if model_path is not None else base.name_or_path)
     layers = {path: layer.base_layer for path, layer in adapter_layers(base) if path in lora}
     with contextlib.ExitStack() as files:
-        weights = _weights(folder, files)
+        weights = open_weights(folder, files)
         missing = [path for path in layers if f"{path}.weight" not in weights]
         if missing or not all(quantised.is_quantised(layer) for layer in layers.values()):
             message = f"{folder} has no weight of {missing[0]}." if missing else "A layer of the base is not quantised."
@@ -81,14 +82,6 @@ def replace_lora_weights_loftq(
             A, B = loftq_of_base(weight, layer, len(lora[path].lora_A))
             lora[path].lora_A.copy_(A)
             lora[path].lora_B.copy_(B / lora[path].scaling)
-
-
-def _weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:
-    """The open safetensors file that holds each tensor of a model's folder."""
-    from safetensors import safe_open
-
-    opened = [files.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
-    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - no dict
 
 
 def _plain(model: PeftModel, name: str, init: str | None) -> tuple[LoraConfig, dict[str, Lora]]:

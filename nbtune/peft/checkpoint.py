@@ -55,19 +55,18 @@ def _parts(adapters: Mapping[str, Adapter], name: str = "") -> Iterator[_Part]:
         yield _Part("base_model.", within, module)
 
 
-def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The tensors of one adapter, by module path, under their keys in the file."""
-    tensors: dict[str, Tensor] = {}
-    for prefix, _, part in _parts(adapters):
-        tensors |= {prefix + key: tensor for key, tensor in part.saved(part.own_state()).items()}
-    return tensors
+def adapter_tensors(
+    adapters: Mapping[str, Adapter], name: str = "", state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, by module path, under their keys in the file.
 
-
-def gathered_tensors(adapters: Mapping[str, Adapter], name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same from a full state dict of the PeftModel, where the adapter's tensors go by `...adapters.<name>.`."""
+    They are taken from a full state dict of the PeftModel, if one is given, where they go by `...adapters.<name>.`.
+    """
     tensors: dict[str, Tensor] = {}
     for prefix, inside, part in _parts(adapters, name):
-        state = {own: state_dict[inside + own] for own in part.own_state()}
+        state = part.own_state()
+        if state_dict is not None:
+            state = {own: state_dict[inside + own] for own in state}
         tensors |= {prefix + key: tensor for key, tensor in part.saved(state).items()}
     return tensors
 
@@ -118,15 +117,12 @@ def fill(
 
 
 def _same_base(key: str, tensor: Tensor, base: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor of the file is one of the base model's weights, unchanged."""
+    """Whether a tensor of the file is one of the base model's weights, unchanged in the lower of their precisions."""
     weight = base.get(key.replace(".base_layer.", "."))
-    return weight is not None and weight.shape == tensor.shape and _equal(weight.detach().cpu(), tensor.cpu())
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in the lower of their precisions."""
-    lower = a.dtype if torch.finfo(a.dtype).bits < torch.finfo(b.dtype).bits else b.dtype
-    return torch.equal(a.to(lower), b.to(lower))
+    if weight is None or weight.shape != tensor.shape:
+        return False
+    lower = min(weight.dtype, tensor.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.equal(weight.detach().cpu().to(lower), tensor.cpu().to(lower))
 
 
 def _listed(what: str, entries: list[str]) -> str:
@@ -146,16 +142,14 @@ def write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> No
 
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors in an adapter's folder. Raises AdapterError where they are absent, cut off or a pickle."""
-    path = folder / WEIGHTS_NAME
+    path, pickle = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
+    if not path.is_file() and pickle.is_file():
+        convert = (
+            "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), '" + WEIGHTS_NAME + "')"
+        )
+        message = f"{pickle} is a pickle, which can run any code when it is read."
+        raise AdapterError("The weights are a pickle", message, f"If you trust it, convert it once: {convert}")
     if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            message = f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is read."
-            remedy = (
-                "If you trust it, convert it once: "
-                "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-                "'adapter_model.safetensors')"
-            )
-            raise AdapterError("The weights are a pickle", message, remedy)
         raise AdapterError("No weights", f"{folder} has no {WEIGHTS_NAME}.", "Save the adapter again.")
     try:
         return safetensors.torch.load_file(path)

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from nbtune.errors import AdapterError
+from nbtune.kernels.low_rank import plan_combination
 from nbtune.modules.base import LINEARS, Conv1D
 from nbtune.peft.config import LayerConfig, PeftConfig
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.methods import adapter_class
 from nbtune.peft.targets import shortest_names, walk
-from nbtune.kernels.low_rank import plan_combination
 
 
 def combined(
@@ -40,7 +40,8 @@ def combined(
     config, how = configs[0], settings
     if isinstance(config, LoraConfig):
         ranks = [max(len(part.lora_A) for part in adapters.values()) for _, adapters in parts.values()]  # type: ignore
-        combination_type, rank = plan_combination(ranks, weights, combination_type, **_planned(settings))
+        planned = {name: value for name, value in settings.items() if name != "svd_driver"}
+        combination_type, rank = plan_combination(ranks, weights, combination_type, **planned)
         how = {name: value for name, value in settings.items() if name != "svd_rank"} | {"rank": rank}
         plain = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
         config = config.replace(r=rank, lora_alpha=rank, **plain)
@@ -70,7 +71,3 @@ def _kind(configs: Sequence[PeftConfig]) -> Any:
         message = f"{configs[0].peft_type} has no weighted combinations; LORA and IA3 have."
         raise AdapterError("Cannot combine these adapters", message, "Activate several at once: set_adapter([...]).")
     return kind
-
-
-def _planned(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "svd_driver"}

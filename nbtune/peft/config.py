@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from nbtune import _files
+from nbtune._hub import downloaded
 from nbtune._settings import check, check_regex, detail, did_you_mean, invalid, plain, setting
 from nbtune.errors import AdapterError
 
@@ -314,7 +315,8 @@ def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
     """
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        folder = _download(str(path), revision)
+        # Both weight files are asked for, so that a repository with only a pickle is told from one without weights.
+        folder = downloaded(str(path), revision, [CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"])
     if not folder.is_dir():
         remedy = "Give the folder that save_pretrained wrote, or a hub id."
         raise AdapterError("No such adapter", f"{path} is no folder.", remedy)
@@ -323,16 +325,3 @@ def adapter_folder(path: str | Path, revision: str | None = None) -> Path:
         remedy = f"Adapters inside it: {', '.join(inside)}." if inside else ""
         raise AdapterError("Not an adapter", f"{folder} has no {CONFIG_NAME}.", remedy)
     return folder
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Both weight files are asked for, so that a repository with only a pickle is told from one without weights.
-        files = [CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]
-        found = snapshot_download(repository, revision=revision, allow_patterns=files)
-    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such repository, no network, bad id
-        message = f"There is no folder {repository}, and the hub says: {error}"
-        raise AdapterError("No such adapter", message, "Check the name, or the network.") from error
-    return Path(found)

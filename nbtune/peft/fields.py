@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from nbtune._settings import detail, setting
-
-
-def pending(default: Any = None) -> Any:
-    """A setting of PEFT that nbtune does not have yet: written to files at PEFT's default, refused at any other."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"pending": default})
-    return dataclasses.field(default=default, metadata={"pending": default})
 
 
 def rank(default: int = 8, help: str = "Rank of the update.", label: str = "Rank r") -> Any:

@@ -24,7 +24,7 @@ def hotswap_adapter(
     model: PeftModel,
     model_name_or_path: str | Path,
     adapter_name: str,
-    torch_device: str | torch.device | None = None,
+    torch_device: str | torch.device | None = None,  # noqa: ARG001
     *,
     revision: str | None = None,
 ) -> None:

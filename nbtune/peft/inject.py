@@ -13,6 +13,7 @@ from torch import nn
 
 from nbtune.errors import AdapterError
 from nbtune.modules.base import LINEARS
+from nbtune.modules.quantised import is_quantised
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule, Several
 from nbtune.peft.methods import adapter_class
@@ -21,7 +22,6 @@ from nbtune.peft.methods.experts import LoraExperts
 from nbtune.peft.methods.lora import Lora
 from nbtune.peft.methods.trainable_tokens import TrainableTokens, token_adapters
 from nbtune.peft.prompt import SavedBesidePrompt
-from nbtune.modules.quantised import is_quantised
 from nbtune.peft.targets import Place, matching, saved_modules, walk
 
 
@@ -67,9 +67,7 @@ def _check_base(kind: type[Adapter], config: PeftConfig, path: str, base: nn.Mod
     if not isinstance(base, kind.bases):
         can = ", ".join(known.__name__ for known in kind.bases)
         message = f"{path} is a {type(base).__name__}; {config.peft_type} adapts {can}."
-        raise AdapterError(
-            "Wrong kind of module", message, "Leave it out of target_modules, or name it in exclude_modules."
-        )
+        raise AdapterError("Wrong kind of module", message, "Leave it out, or name it in exclude_modules.")
     weight = base._parameters.get("weight")
     if weight is not None and not weight.is_floating_point() and not is_quantised(base):
         message = f"{path} ({type(base).__name__}) holds {weight.dtype} weights; {config.peft_type} cannot adapt them."

@@ -22,11 +22,10 @@ from nbtune.modules import quantised
 from nbtune.modules.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
 from nbtune.modules.stacked import stacked
 from nbtune.peft.config import PeftConfig
-from nbtune.peft.rows import BASE, Group, Rows
+from nbtune.peft.rows import Group, Rows
 
+BASE = "__base__"  # the adapter name of a row that is left to the base model, as in PEFT
 PREFIX = "base_model.model."  # of a module's path in a file
-
-__all__ = ["BASE", "ActiveAdapters", "Adapter", "AdapterLayer", "Replacement", "SavedModule", "Several", "Shared"]
 
 
 class _Stored(nn.Module):
@@ -348,9 +347,8 @@ class AdapterLayer(nn.Module):
         if any(type(adapter) is not kind for adapter in adapters):
             message = f"The rows' adapters replace {self.path} by different methods."
             raise AdapterError("Cannot mix these adapters", message, "Give them separate batches.")
-        return kind.forward_each(
-            adapters, rows.group(names, x, self.path, whole=True), self.base_layer, x, *args, **kwargs
-        )
+        group = rows.group(names, x, self.path, whole=True)
+        return kind.forward_each(adapters, group, self.base_layer, x, *args, **kwargs)
 
     def merge(self, names: Sequence[str], requantise: bool = False) -> quantised.MergeReport | None:
         """Put exactly these adapters into the base weights, in this order.

@@ -120,10 +120,8 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        text = (
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-        print(text)  # noqa: T201  the method's promise
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Add a new adapter, switched off unless it is the first. Raises AdapterError where the name is taken."""
@@ -145,9 +143,8 @@ class PeftModel(nn.Module):
             raise AdapterError("The name is taken", f"There is an adapter {name!r} already.", remedy)
         self._refuse_merged(self._state.merged)  # a copy of a base module would hold them too
         if not isinstance(config, LayerConfig | PromptLearningConfig):
-            raise AdapterError(
-                "Not a config", f"The config is a {type(config).__name__}.", "Give one such as LoraConfig(r=8)."
-            )
+            message = f"The config is a {type(config).__name__}."
+            raise AdapterError("Not a config", message, "Give one such as LoraConfig(r=8).")
         base = self.get_base_model()
         if isinstance(config, LayerConfig):
             if tensors is None:  # a name without a module is a slip of the pen in a new config, a fact in a file
@@ -344,9 +341,10 @@ class PeftModel(nn.Module):
         `train()` then warns. Raises AdapterError where the files do not fit the model exactly; `strict=False` loads
         what fits.
         """
-        kind = _class_for(cls, PeftConfig.from_pretrained(adapter_folder(model_id, revision)))
+        folder = adapter_folder(model_id, revision)
+        kind: Any = _class_for(cls, PeftConfig.from_pretrained(folder))
         adapted = kind(model.get_base_model() if isinstance(model, PeftModel) else model)
-        adapted.load_adapter(model_id, adapter_name, is_trainable, revision=revision, strict=strict)
+        adapted.load_adapter(folder, adapter_name, is_trainable, strict=strict)
         adapted.set_adapter(adapter_name)
         return adapted.eval() if not is_trainable else adapted
 
@@ -384,9 +382,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         self._check_known(names)
         if not names:
-            raise AdapterError(
-                "Nothing to save", "The model has no adapter.", "Add one with add_adapter or get_peft_model."
-            )
+            raise AdapterError("Nothing to save", "The model has no adapter.", "Add one with add_adapter.")
         if not safe_serialization:
             raise AdapterError("No pickles", "safe_serialization is False; nbtune writes safetensors only.")
         folder = Path(save_directory)
@@ -425,8 +421,9 @@ class PeftModel(nn.Module):
 
     def penalty(self) -> Tensor | None:
         """What the active adapters' methods add to the training loss: AdaLoRA's orthogonality; else None."""
-        active = [name for name in self._state.applied if adapter_class(self.peft_config[name]).penalises]
-        penalties = [kind.penalty(self._adapters(name), self.peft_config[name]) for name, kind in self._kinds(active)]
+        penalties = [
+            kind.penalty(self._adapters(name), config) for name, config, kind in self._applied() if kind.penalises
+        ]
         return torch.stack(penalties).sum() if penalties else None
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -434,12 +431,13 @@ class PeftModel(nn.Module):
 
         Steps count from 0. Call it before `optimizer.zero_grad()`, with any method: most do nothing.
         """
-        for name, kind in self._kinds(self._state.applied):
+        for name, config, kind in self._applied():
             if kind.scheduled:
-                kind.after_step(self._adapters(name), self.peft_config[name], global_step)
+                kind.after_step(self._adapters(name), config, global_step)
 
-    def _kinds(self, names: Sequence[str]) -> list[tuple[str, type[Adapter]]]:
-        return [(name, adapter_class(self.peft_config[name])) for name in names]
+    def _applied(self) -> list[tuple[str, PeftConfig, type[Adapter]]]:
+        configs = [(name, self.peft_config[name]) for name in self._state.applied]
+        return [(name, config, adapter_class(config)) for name, config in configs]
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; `adapter_names` as in `forward`."""
@@ -453,9 +451,8 @@ class PeftModel(nn.Module):
             yield
             return
         if isinstance(names, str) or not names:
-            raise AdapterError(
-                "Not a list of names", f"adapter_names is {names!r}.", "Give a list with one name per row."
-            )
+            message = f"adapter_names is {names!r}."
+            raise AdapterError("Not a list of names", message, "Give a list with one name per row.")
         self._check_known([name for name in names if name != BASE])
         self._refuse_merged(self._state.merged)
         state, rows = self._state, Rows(names)
@@ -512,11 +509,7 @@ def get_peft_model_state_dict(
     `state_dict` is a full state dict of the model to take them from, as FSDP or DeepSpeed gathers it.
     """
     model._check_known([adapter_name])
-    adapters = model._adapters(adapter_name)
-    if state_dict is None:
-        tensors = checkpoint.adapter_tensors(adapters)
-    else:
-        tensors = checkpoint.gathered_tensors(adapters, adapter_name, state_dict)
+    tensors = checkpoint.adapter_tensors(model._adapters(adapter_name), adapter_name, state_dict)
     return dict(sorted(tensors.items()))
 
 

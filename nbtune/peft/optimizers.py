@@ -77,7 +77,8 @@ def create_lorafa_optimizer(
     `r`, `lora_alpha` and `use_rslora` are PEFT's; each layer's own scale counts. Raises AdapterError where
     `use_rslora` is not what the active adapters have.
     """
-    wrong = [name for name in model.active_adapters if use_rslora not in (None, _is_rslora(model, name))]
+    is_rslora = {name: model.peft_config[name].to_dict().get("use_rslora", False) for name in model.active_adapters}
+    wrong = [name for name, is_so in is_rslora.items() if use_rslora not in (None, is_so)]
     if wrong:
         message = f"use_rslora is {use_rslora}; the adapters {', '.join(wrong)} were made otherwise."
         raise AdapterError("use_rslora differs", message, "Leave it out: the adapters know their scale.")
@@ -90,7 +91,3 @@ def create_lorafa_optimizer(
         raise AdapterError("No LoRA to train", "LoRA-FA trains LoRA's B.", "Use it with a LoraConfig.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return LoraFAOptimizer(trained, partners, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-
-def _is_rslora(model: PeftModel, name: str) -> bool:
-    return bool(model.peft_config[name].to_dict().get("use_rslora", False))

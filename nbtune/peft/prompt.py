@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import AdapterError
-from nbtune.modules.virtual_tokens import Arguments, before_each, before_embeddings, longer_mask, text_config
+from nbtune.modules.virtual_tokens import Arguments, before_each_text, before_embeddings, longer_mask, text_config
 from nbtune.peft.config import PromptLearningConfig, invalid
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule
 from nbtune.peft.methods import adapter_class
@@ -66,19 +66,7 @@ class Prompt(Adapter):
     @classmethod
     def packed(cls, prompted: Prompted, arguments: Arguments) -> tuple[Arguments, Tensor | slice]:
         """What the function `packed` gives with such a prompt."""
-        length, lengths = prompted.length, arguments["cu_seq_lens_q"].diff().tolist()
-        ids, positions = arguments["input_ids"], arguments["position_ids"]
-        embeds = prompted.model.get_input_embeddings()(ids)
-        tokens = prompted.tokens(1)[:, :length].to(embeds.dtype)
-        first = torch.arange(length, device=ids.device)[None]
-        places = before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
-        borders = torch.tensor([0, *lengths], dtype=torch.int32)
-        borders[1:] += length
-        changes = {"position_ids": before_each(first, positions + length, lengths)}
-        changes |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cumsum(0, dtype=torch.int32))
-        changes |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths) + length)
-        changes |= {"input_ids": None, "inputs_embeds": before_each(tokens, embeds, lengths)}
-        return {**arguments, **changes}, places
+        return before_each_text(prompted.model, prompted.tokens(1)[:, : prompted.length], arguments)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return y

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from nbtune.errors import AdapterError
 
-BASE = "__base__"  # the adapter name of a row that is left to the base model, as in PEFT
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:

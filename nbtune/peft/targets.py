@@ -11,8 +11,8 @@ Works on the meta device too, so that a config can be checked before any weight 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import nn
 
@@ -109,13 +109,11 @@ def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
     places = list(places)
     found = [path for path in places if _is_target(path, config)]
     if not found and not _names_parameters(config):
-        everywhere = config.replace(
-            exclude_modules=None, layers_to_transform=None, layers_pattern=None, modules_to_save=None
-        )
+        limits = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        everywhere = config.replace(**dict.fromkeys(limits))
         if any(_is_target(path, everywhere) for path in places):
             message = "Each module that target_modules names is left out by another setting."
-            remedy = "Look at exclude_modules, layers_to_transform, layers_pattern and modules_to_save."
-            raise AdapterError("No module is left", message, remedy)
+            raise AdapterError("No module is left", message, f"Look at {', '.join(limits)}.")
         names = config.target_modules
         raise _no_match("target_modules", names if isinstance(names, str) else ", ".join(names or []), places)
     return found
@@ -124,11 +122,6 @@ def matching(config: LayerConfig, places: Iterable[str]) -> list[str]:
 def saved_modules(config: LayerConfig | PromptLearningConfig, places: Iterable[str]) -> list[str]:
     """The paths of the modules that are trained and saved whole; PEFT compares the ends of the paths as text."""
     return [path for path in places if path.endswith(tuple(config.modules_to_save or ()))]
-
-
-def of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module path, or the default."""
-    return next((value for pattern, value in patterns.items() if of_end(pattern, path)), default)
 
 
 def _is_target(path: str, config: LayerConfig) -> bool:
@@ -171,9 +164,8 @@ def _default_names(model: nn.Module, config: LayerConfig, places: dict[str, Plac
             names = shortest_names(structure.projections(model, modules), places)
     if not names:
         message = f"{type(config).__name__} names no target_modules, and none are found in repeated blocks."
-        raise AdapterError(
-            "No targets", message, f"Name target_modules. Linear layers here: {_some(_linear_names(places))}."
-        )
+        linear = [path.rpartition(".")[2] for path, place in places.items() if isinstance(place.module, LINEARS)]
+        raise AdapterError("No targets", message, f"Name target_modules. Linear layers here: {_some(linear)}.")
     return names
 
 
@@ -223,12 +215,6 @@ def _task_heads(config: PeftConfig) -> tuple[str, ...]:
     return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 
-def _linear_names(places: dict[str, Place]) -> list[str]:
-    return list(
-        dict.fromkeys(path.rpartition(".")[2] for path, place in places.items() if isinstance(place.module, LINEARS))
-    )
-
-
 def _no_match(setting: str, entry: str, places: Iterable[str]) -> AdapterError:
     """The error for a name that matches no module, with the nearest names of the same length in dots."""
     length = entry.count(".") + 1
@@ -239,5 +225,5 @@ def _no_match(setting: str, entry: str, places: Iterable[str]) -> AdapterError:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = list(dict.fromkeys(names))
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "none"

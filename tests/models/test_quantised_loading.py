@@ -14,7 +14,7 @@ from nbtune.errors import ModelError, SpecError
 from nbtune.models import describe, load, weights
 from nbtune.models import loader as loader_module
 from nbtune.peft import LoraConfig, get_peft_model
-from nbtune.peft.quantised import dequantised, is_quantised, kind, merged_layer
+from nbtune.modules.quantised import dequantised, is_quantised, kind, merged_layer
 from nbtune.plan import plan
 from nbtune.spec import ModelSpec, RunSpec
 

@@ -12,8 +12,7 @@ from grid import MethodTests, close, disturb, inputs, outputs
 from torch import nn
 
 from nbtune.errors import AdapterError
-from nbtune.peft import PeftModel, get_peft_model
-from nbtune.peft.configs.lora import AdaLoraConfig
+from nbtune.peft import AdaLoraConfig, PeftModel, get_peft_model
 
 SMALL = {"init_r": 6, "target_r": 2, "total_step": 20}
 

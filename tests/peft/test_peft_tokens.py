@@ -10,8 +10,7 @@ from grid import MethodTests, close, disturb, outputs
 from tiny_models import llama
 
 from nbtune.errors import AdapterError
-from nbtune.peft import PeftModel, get_peft_model
-from nbtune.peft.configs.lora import LoraConfig
+from nbtune.peft import LoraConfig, PeftModel, get_peft_model
 from nbtune.peft.configs.vectors import TrainableTokensConfig
 
 TOKENS = [3, 17, 40, 41, 42, 60, 77, 90]

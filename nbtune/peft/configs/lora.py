@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from nbtune._settings import pending
 from nbtune.errors import AdapterError
 from nbtune.peft.config import BiasedConfig, invalid
-from nbtune.peft.fields import detail, pattern, pending, rank, setting, share, strength, unchanged
+from nbtune.peft.fields import detail, pattern, rank, setting, share, strength, unchanged
 
 
 class LoraConfig(BiasedConfig, peft_type="LORA"):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nbtune.kernels.structured import circulant, circulant_product
 from nbtune.modules.base import empty, features, require_divisor
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.sparse import C3AConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.targets import of_pattern
 
 
 class C3A(Adapter):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.modules.base import compute_dtype, features, linear_init, ones, weight_of, zeros
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.low_rank import DeloraConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.targets import of_pattern
 
 
 class Delora(Adapter):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nbtune.kernels.sparse import random_places
 from nbtune.modules.base import empty, features, zeros
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.sparse import FourierFTConfig
 from nbtune.peft.methods.sparse import SparseAdapter, check_count
-from nbtune.peft.targets import of_pattern
 
 
 class FourierFT(SparseAdapter):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, empty, features, refuse_groups, weight_of
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.low_rank import HiraConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.targets import of_pattern
 
 
 class Hira(Adapter):

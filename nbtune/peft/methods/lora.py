@@ -28,10 +28,10 @@ from nbtune.kernels.low_rank_update import add_low_rank, add_low_rank_by_row, ro
 from nbtune.modules import quantised
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, refuse_groups, weight_of, zeros
 from nbtune.modules.loftq import loftq
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
 from nbtune.peft.rows import Group
-from nbtune.peft.targets import of_pattern
 
 
 class Lora(Adapter):
@@ -50,6 +50,8 @@ class Lora(Adapter):
     start_A: Tensor | None
     start_B: Tensor
     base_change: Tensor | None  # what LoftQ changes in the base weight
+
+    _first = staticmethod(inits.first_weights)
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class Lora(Adapter):
             B = B / scaling  # PEFT forgets it
             change = held - weight
         else:
-            A, B = cls._first(weight, r, scaling, init)
+            A, B = cls._first(init, weight, r, scaling)
         adapter = cls(A, B, scaling, config.lora_dropout)
         if isinstance(init, str) and (init.startswith("pissa") or init == "olora"):
             adapter.start_A, adapter.start_B = A.clone(), B.clone()
@@ -92,16 +94,6 @@ class Lora(Adapter):
         more = (adapter.start_A, adapter.base_change, adapter.lora_bias, adapter.magnitude)
         adapter.plain = adapter.plain and all(part is None for part in more)
         return adapter
-
-    @staticmethod
-    def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
-        if isinstance(init, str) and init.startswith("pissa"):
-            return inits.pissa(weight, r, scaling, int(init.rpartition("_")[2]) if "niter" in init else None)
-        named = {"gaussian": inits.gaussian, "orthogonal": inits.orthogonal, "olora": inits.olora}
-        A, B = named[init](weight, r) if init in named else inits.default(weight, r)  # type: ignore[index]
-        if init is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        return A, B
 
     @staticmethod
     def _oriented(weight: Tensor) -> Tensor:
@@ -244,11 +236,11 @@ class LoraEmbedding(Lora):
     }
 
     @staticmethod
-    def _first(weight: Tensor, r: int, scaling: float, init: bool | str) -> tuple[Tensor, Tensor]:
+    def _first(init: bool | str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
         if init is True or init is False:
             A, B = inits.embedding(weight, r)
             return (A, B) if init else (nn.init.normal_(A), B)
-        return Lora._first(weight, r, scaling, init)
+        return inits.first_weights(init, weight, r, scaling)
 
     @staticmethod
     def _oriented(weight: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, features, linear_init
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.low_rank import LycorisConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.targets import of_pattern
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,10 +74,6 @@ class Lycoris(Adapter):
             keep = keep / keep.mean().clamp_min(1 / len(keep))
         keep = keep * (torch.rand((), device=delta.device) >= self.module_dropout)
         return keep if isinstance(base, LINEARS) else keep.view(-1, *[1] * len(base.kernel_size))
-
-    def extra_repr(self) -> str:
-        shapes = ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.named_parameters())
-        return f"{shapes}, scaling={self.scaling:g}"
 
 
 def effective_kernel(kernel: tuple[int, ...], config: LycorisConfig) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nbtune.errors import AdapterError
-from nbtune.modules.base import apply_weight, compute_dtype, weight_of
+from nbtune.modules.base import apply_weight, rows_of
 from nbtune.peft.config import LayerConfig
 from nbtune.peft.configs.vectors import TrainableTokensConfig, check_tokens
 from nbtune.peft.layer import PREFIX, Adapter
@@ -38,7 +38,8 @@ class TrainableTokens(Adapter):
 
     @classmethod
     def create(cls, base: Any, config: TrainableTokensConfig, path: str, shared: None) -> Self:
-        rows = _rows_of(base, config.token_indices, path, "token_indices")
+        check_tokens("token_indices", config.token_indices)
+        rows = rows_of(base, config.token_indices, path, "token_indices")
         return cls(nn.Parameter(rows if config.init_weights else torch.randn_like(rows)), config.token_indices)
 
     def file_prefix(self, path: str) -> str:
@@ -86,7 +87,8 @@ def token_adapters(
                 message = f"trainable_token_indices: no module of the model matches {name!r}."
                 raise AdapterError("No such module", message, "Name an embedding, or give a list of tokens.")
             for path in paths:
-                rows = _rows_of(places[path].module, tokens, path, "trainable_token_indices")
+                check_tokens("trainable_token_indices", tokens)
+                rows = rows_of(places[path].module, tokens, path, "trainable_token_indices")
                 named[path] = TrainableTokens(nn.Parameter(rows), tokens, "token_adapter.")
     for source, adapter in list(named.items()):
         weight = places[source].module._parameters.get("weight")
@@ -97,17 +99,3 @@ def token_adapters(
             if place.module._parameters.get("weight") is weight and not apart:
                 named[path] = _Tied(adapter.trainable_tokens_delta, list(adapter.ids), adapter.inside)
     return {path: adapter for path, adapter in named.items() if adapters.get(path) is not adapter}
-
-
-def _rows_of(base: Any, tokens: list[int], path: str, setting: str) -> Tensor:
-    """A copy of an embedding's rows for these tokens."""
-    check_tokens(setting, tokens)
-    if not isinstance(base, TrainableTokens.bases):
-        message = f"{path} is a {type(base).__name__}; only embeddings and heads have tokens."
-        raise AdapterError("Wrong kind of module", message, f"Name another in {setting}.")
-    weight = weight_of(base).detach()
-    beyond = [token for token in tokens if token >= len(weight)]
-    if beyond:
-        message = f"{setting} names {beyond[0]}, and {path} has {len(weight)} tokens, counted from 0."
-        raise AdapterError("No such token", message, "Resize the model's embeddings first (resize_token_embeddings).")
-    return weight[torch.tensor(tokens, dtype=torch.long, device=weight.device)].to(compute_dtype(base), copy=True)

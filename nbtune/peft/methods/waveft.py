@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from nbtune.kernels.sparse import random_places
 from nbtune.kernels.wavelets import coefficient_count, inverse_step, places_in_bands, synthesis_taps, transposed_step
 from nbtune.modules.base import empty, features, zeros
+from nbtune.modules.paths import of_pattern
 from nbtune.peft.configs.sparse import WaveFTConfig
 from nbtune.peft.layer import Shared
 from nbtune.peft.methods.sparse import SparseAdapter, check_count
-from nbtune.peft.targets import of_pattern
 
 
 class Counts(Shared):
