@@ -333,7 +333,7 @@ def test_a_cell_run_again_leaves_no_widgets_behind():
     instances = ipywidgets.widgets.widget._instances
 
     def shown():
-        nbtune_widgets.wizard()
+        nbtune_widgets.wizard().wait(SECONDS)  # the map of the model is made of widgets too
         return len(instances)
 
     first = shown()

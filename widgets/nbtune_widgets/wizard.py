@@ -403,9 +403,9 @@ class Wizard:
 def _card(kind: str) -> str:
     """A method in two lines: its name, and the first words of its class's docstring."""
     if kind == FULL:
-        return "Full\nevery weight is trained"
+        return "Full\nEvery weight is trained"
     words = (type(config(kind)).__doc__ or "").partition("(")[0].partition(";")[0].strip(" .")
-    return f"{PeftType(kind).label}\n{words[0].lower()}{words[1:]}"
+    return f"{PeftType(kind).label}\n{words}"
 
 
 def _family(kind: str) -> str:

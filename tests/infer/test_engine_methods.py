@@ -1,0 +1,95 @@
+"""Adapters of many methods as columns: each writes what its PeftModel alone generates, and rows of one batch agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nbtune.peft
+from nbtune.infer.columns import line_up
+from nbtune.infer.engine import BASE, Engine
+from nbtune.infer.sampling import GREEDY
+from nbtune.models import load
+from nbtune.peft import PeftModel, get_peft_model
+from nbtune.spec import ModelSpec
+
+# A method of each family, and those that change what is no linear layer. The tiny model is 32 wide.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "oft": ("OFTConfig", {"oft_block_size": 8}),
+    "ia3": ("IA3Config", {}),
+    "vera": ("VeraConfig", {"r": 8, "target_modules": ["q_proj", "down_proj"]}),
+    "lokr": ("LoKrConfig", {"r": 4}),
+    "c3a": ("C3AConfig", {"block_size": 16, "target_modules": ["q_proj", "down_proj"]}),
+    "norms": ("LNTuningConfig", {}),
+    "tokens": ("TrainableTokensConfig", {"token_indices": list(range(0, 40_000, 2))}),
+    "lora": ("LoraConfig", {"r": 4, "target_modules": "all-linear"}),
+}
+LABELS = ["OFT", "IA3", "VeRA r8", "LoKr r4", "C3A", "LN tuning", "Trainable tokens", "LoRA r4"]
+QUESTION = [{"role": "user", "content": "What does `os.path.join` do in Python?"}]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model: Path) -> ModelSpec:
+    return ModelSpec(name=str(tiny_model), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folders(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters with random weights, large enough to change what the small random model says."""
+    folder = tmp_path_factory.mktemp("methods")
+    model = load(spec).model
+    for seed, (name, (config, settings)) in enumerate(METHODS.items()):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, getattr(nbtune.peft, config)(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.5 * torch.randn_like(parameter))
+        adapted.save_pretrained(folder / name)
+        adapted.unload()
+    return {name: folder / name for name in METHODS}
+
+
+def test_each_column_writes_what_its_model_alone_generates(spec, folders):
+    engine = Engine(spec, folders)
+    assert engine.columns == (BASE, *METHODS)
+    found: dict[str, list[int]] = {column: [] for column in engine.columns}
+    for delta in engine.stream(dict.fromkeys(engine.columns, QUESTION), GREEDY, max_new_tokens=12):
+        if delta.token is not None:
+            found[delta.column].append(delta.token)
+    model = load(spec).model
+    ids = torch.tensor([engine.prompt(BASE, QUESTION)])
+    expected = {}
+    for column in engine.columns:
+        adapted = model if column == BASE else PeftModel.from_pretrained(model, folders[column])
+        out = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        expected[column] = out[0, ids.shape[1] :].tolist()
+        if column != BASE:
+            adapted.unload()
+    assert found == expected
+    assert len({tuple(tokens) for tokens in found.values()}) == len(found)  # each says something else
+
+
+def test_rows_of_one_batch_have_any_method(spec, folders):
+    model = load(spec).model
+    adapted = PeftModel.from_pretrained(model, folders["lora"], adapter_name="lora")
+    for name, folder in folders.items():
+        if name != "lora":
+            adapted.load_adapter(folder, adapter_name=name)
+    ids = torch.randint(0, 1000, (1, 11), generator=torch.Generator().manual_seed(0))
+    names = ["__base__", *METHODS]
+    with torch.no_grad():
+        together = adapted(input_ids=ids.repeat(len(names), 1), adapter_names=names).logits
+        for row, name in zip(together, names, strict=True):
+            adapted.set_adapter([] if name == "__base__" else [name])
+            torch.testing.assert_close(row, adapted(input_ids=ids).logits[0], atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_a_column_is_labelled_by_its_method(folders):
+    assert line_up([BASE, *folders.values()]).labels == {
+        BASE: "as it was",
+        **dict(zip(METHODS, LABELS, strict=True)),
+    }
