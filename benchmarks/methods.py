@@ -1,8 +1,8 @@
 """Eight methods, each trained for 30 steps on the real 135M model; a table of what each did to the held-out loss.
 
-    uv run python benchmarks/methods.py                # all, about 25 minutes on two cores
-    uv run python benchmarks/methods.py lora ia3       # some
-    uv run python benchmarks/methods.py --steps 60
+uv run python benchmarks/methods.py                # all, about 25 minutes on two cores
+uv run python benchmarks/methods.py lora ia3       # some
+uv run python benchmarks/methods.py --steps 60
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ def test_the_table_of_methods_is_that_of_the_code():
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == module.page(), "run docs/methods.py"
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n# (\S+)\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.S))
+@pytest.mark.parametrize(
+    "block", re.findall(r"```python\n# (\S+)\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
+)
 def test_the_example_of_the_how_to_is_the_real_code(block):
     path, code = block
     assert code.strip() in (ROOT / path).read_text(encoding="utf-8")

@@ -22,11 +22,11 @@ def untie_head(base: PreTrainedModel) -> None:
         warnings.warn("The output head was merged and is no longer tied to the embedding.", stacklevel=3)
 
 
-def forget_quantisation(base: PreTrainedModel) -> None:
+def forget_quantisation(base: Any) -> None:
     """Say in the model's config that its weights are plain again, or saving would call them quantised."""
     vars(base.config).pop("quantization_config", None)
     base.is_quantized = False
-    base.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue] - set by transformers itself
+    base.hf_quantizer = None
 
 
 def open_weights(folder: Path, files: contextlib.ExitStack) -> dict[str, Any]:

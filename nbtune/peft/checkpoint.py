@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -44,7 +44,7 @@ def _parts(adapters: Mapping[str, Adapter], name: str = "") -> Iterator[_Part]:
     shared: dict[Shared, str] = {}
     for path, adapter in adapters.items():
         inside = f"{PREFIX}{path}.adapters.{name}."
-        parts = enumerate(adapter.parts) if isinstance(adapter, Several) else [(None, adapter)]
+        parts: Any = enumerate(adapter.parts) if isinstance(adapter, Several) else [(None, adapter)]
         for number, part in parts:
             within = inside if number is None else f"{inside}parts.{number}."
             yield _Part(part.file_prefix(path), within, part)

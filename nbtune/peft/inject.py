@@ -74,7 +74,7 @@ def _check_base(kind: type[Adapter], config: PeftConfig, path: str, base: nn.Mod
         raise AdapterError("Unknown quantisation", message, "Load the model in 4 or 8 bit with bitsandbytes, or whole.")
 
 
-def _add_parameters(adapters: dict[str, Adapter], config: LayerConfig, places: dict[str, Place]) -> None:
+def _add_parameters(adapters: dict[str, Adapter], config: Any, places: dict[str, Place]) -> None:
     """LoRA on parameters that are no module's weight, such as all experts of a block in one tensor."""
     found: dict[str, list[str]] = {}
     for wanted in config.adapted_parameters:

@@ -138,12 +138,12 @@ class Adapter(_Stored):
         return (type(self), shapes, tuple(settings))
 
     @classmethod
-    def before_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor) -> Tensor:
+    def before_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor) -> Tensor:
         """`before` with another adapter per row: for x [B, ...], row b by `adapters[group.which[b]]`."""
         return adapters[0].before(x) if len(adapters) == 1 else stacked(cls.before, adapters, *group.table, x)
 
     @classmethod
-    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """`forward` with another adapter per row: for x and y [B, ...], row b by `adapters[group.which[b]]`."""
         if len(adapters) == 1:
             return adapters[0](x, y, base)

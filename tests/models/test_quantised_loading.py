@@ -13,8 +13,8 @@ from torch import nn
 from nbtune.errors import ModelError, SpecError
 from nbtune.models import describe, load, weights
 from nbtune.models import loader as loader_module
-from nbtune.peft import LoraConfig, get_peft_model
 from nbtune.modules.quantised import dequantised, is_quantised, kind, merged_layer
+from nbtune.peft import LoraConfig, get_peft_model
 from nbtune.plan import plan
 from nbtune.spec import ModelSpec, RunSpec
 

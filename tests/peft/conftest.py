@@ -10,8 +10,8 @@ import torch
 
 pytest.register_assert_rewrite("grid")
 
-from tiny_models import MODELS
-from torch import nn
+from tiny_models import MODELS  # noqa: E402
+from torch import nn  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

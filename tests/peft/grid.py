@@ -15,7 +15,6 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from tiny_models import MODELS
 from torch import Tensor, nn
 
 from nbtune.peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -183,7 +183,8 @@ def test_a_weight_that_is_still_float(made):
 
 def test_bitsandbytes_is_not_imported_for_nothing():
     program = (
-        "import sys, nbtune, nbtune.peft, nbtune.peft.model; from torch import nn; from nbtune.modules import quantised\n"
+        "import sys, nbtune, nbtune.peft, nbtune.peft.model\n"
+        "from torch import nn; from nbtune.modules import quantised\n"
         "print(quantised.is_quantised(nn.Linear(2, 2)), 'bitsandbytes' in sys.modules)\n"
         "quantised.bitsandbytes(); print('bitsandbytes' in sys.modules)"
     )

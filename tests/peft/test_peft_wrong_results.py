@@ -16,8 +16,8 @@ from tiny_models import llama, logits
 from torch import nn
 
 import nbtune.peft
-from nbtune.peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from nbtune.modules.quantised import dequantised
+from nbtune.peft import LoraConfig, PeftModel, PeftType, get_peft_model
 
 # Every method that adapts layers, with settings that suit the tiny model's 64 features.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,9 @@ def quantised_and_plain(bits: int) -> tuple[nn.Module, nn.Module]:
         for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
             old = getattr(parent, name)
             kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
-            options = {"compute_dtype": torch.float32, "quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+            options = (
+                {"compute_dtype": torch.float32, "quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+            )
             new = kind(old.in_features, old.out_features, bias=False, **options)
             new.load_state_dict({"weight": old.weight.data})
             setattr(parent, name, new.to("cpu"))

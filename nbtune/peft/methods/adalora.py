@@ -91,7 +91,7 @@ class AdaLora(Adapter):
         return (type(self), self.dropout if self.training else 0.0, self.lora_A.shape[1])
 
     @classmethod
-    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         all_A, all_B = [one.lora_E * one.lora_A for one in adapters], [one.lora_B for one in adapters]
         first, scalings = adapters[0], [one.scaling for one in adapters]
         if not isinstance(base, nn.Conv2d):

@@ -183,7 +183,7 @@ class Lora(Adapter):
         return (Lora, self.dropout if self.training else 0.0) if self.plain else super().batch_key()
 
     @classmethod
-    def forward_rows(cls, adapters: Sequence[Self], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return y_b + s_b B_b A_b x_b for every row b, in two batched products."""
         first = adapters[0]
         if not first.plain:
