@@ -20,7 +20,7 @@ from nbtune.peft.prompt import Prompt
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# The adapter methods
 
-Written by `docs/methods.py` from the code; the same facts are tests (`tests/peft/grid.py`, `test_peft_wrong_results.py`).
+Written by `docs/methods.py` from the code; the same facts are tests (`grid.py`, `test_peft_wrong_results.py`).
 Configs, their settings and the files are those of `peft` 0.21, in both directions.
 
 - **Layers**: what it adapts. *Linear* is `nn.Linear`, transformers' `Conv1D` and bitsandbytes' 4-bit and 8-bit layers.

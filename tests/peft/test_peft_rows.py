@@ -76,7 +76,7 @@ def test_wrong_rows_are_refused(model, ids):
     with pytest.raises(AdapterError, match="no adapter 'z'"):
         model(input_ids=ids, adapter_names=["z"] * 5)
     with pytest.raises(
-        AdapterError, match=r"has 3 names, but model\.layers\.0\.self_attn\.q_proj got an input of shape"
+        AdapterError, match=r"has 3 names, but model.*q_proj got an input of shape"
     ):
         model(input_ids=ids, adapter_names=["a"] * 3)
     with pytest.raises(AdapterError, match="Give a list"):
