@@ -75,9 +75,7 @@ def test_generation_with_an_adapter_per_row(model, ids, options):
 def test_wrong_rows_are_refused(model, ids):
     with pytest.raises(AdapterError, match="no adapter 'z'"):
         model(input_ids=ids, adapter_names=["z"] * 5)
-    with pytest.raises(
-        AdapterError, match=r"has 3 names, but model.*q_proj got an input of shape"
-    ):
+    with pytest.raises(AdapterError, match=r"has 3 names, but model.*q_proj got an input of shape"):
         model(input_ids=ids, adapter_names=["a"] * 3)
     with pytest.raises(AdapterError, match="Give a list"):
         model(input_ids=ids, adapter_names="a")

@@ -12,8 +12,8 @@ from test_peft_wrong_results import SETTINGS
 from tiny_models import llama
 
 import nbtune as nt
-from nbtune.models import attach_adapter, load_tokenizer, skeleton
-from nbtune.peft import PeftType
+from nbtune.models import attach_adapter, load, load_tokenizer, skeleton
+from nbtune.peft import PeftModel, PeftType
 from nbtune.peft.config import LayerConfig, config_class
 from nbtune.spec import ModelSpec, RunSpec, settings
 
@@ -106,6 +106,22 @@ def test_the_plan_counts_what_peft_trains(kind, tiny_folder):
     torch.manual_seed(0)
     oracle = peft.get_peft_model(small(), getattr(peft, type(spec.method).__name__)(**changes))
     assert nt.plan(spec).parts["adapter"] == 4 * oracle.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("kind", list(PeftType))
+def test_a_run_trains_it_and_its_adapter_loads_again(kind, tiny_folder, tmp_path):
+    training = {"max_steps": 2, "max_length": 64, "learning_rate": 1e-2, "eval_steps": 0, "save_steps": 0}
+    spec = spec_of(kind, TINY[kind], {"name": str(tiny_folder), "dtype": "float32"}, training=training)
+    run = nt.train(spec, runs_dir=tmp_path).wait()
+    assert run.status == "finished"
+    start = next(event for event in run.events() if event["type"] == "start")
+    assert start["trainable_parameters"] == nt.plan(spec).parts["adapter"] // 4
+    model, ids = load(spec.model).model, torch.arange(3, 20)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(model, run.adapter_path)
+        assert (adapted(input_ids=ids).logits - before).abs().max() > 1e-6
+    assert adapted.peft_config["default"].peft_type == kind
 
 
 @pytest.mark.parametrize(
