@@ -17,7 +17,13 @@ import nbtune as nt
 METHODS = {
     "lora": (nt.LoraConfig(r=16, target_modules="all-linear"), 5e-4, {}),
     "qlora": (nt.LoraConfig(r=16, target_modules="all-linear"), 5e-4, {"load_in_4bit": True}),
-    "adalora": (nt.AdaLoraConfig(init_r=12, target_r=8, tinit=5, tfinal=10, deltaT=5), 2e-3, {}),
+    "adalora": (
+        nt.AdaLoraConfig(
+            init_r=12, target_r=8, lora_alpha=96, tinit=5, tfinal=10, deltaT=5, target_modules="all-linear"
+        ),
+        3e-3,
+        {},
+    ),
     "ia3": (nt.IA3Config(), 1e-2, {}),
     "prompt": (nt.PromptTuningConfig(num_virtual_tokens=16, prompt_tuning_init="SAMPLE_VOCAB"), 3e-2, {}),
     "prefix": (nt.PrefixTuningConfig(num_virtual_tokens=16), 2e-2, {}),
