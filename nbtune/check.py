@@ -159,7 +159,7 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
             warnings.simplefilter("always")
             planned = plan(spec)
     except AdapterError as error:
-        yield _problem(error, setting_of(str(error), spec.method))
+        yield _problem(error, setting_of(f"{error.title} {error.message}", spec.method))
         return
     if told:
         text = "\n".join(dict.fromkeys(str(warning.message) for warning in told))  # many layers say the same

@@ -338,7 +338,7 @@ class Wizard:
         """Say an error of the method at the field that it is about."""
         from nbtune.check import setting_of
 
-        path = setting_of(str(error), config(self.form.method))
+        path = setting_of(f"{error.title} {error.message}", config(self.form.method))
         if path is not None:
             reason = " ".join(part for part in (error.message or error.title, error.remedy) if part)
             self._refused[path] = reason
