@@ -20,6 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import yaml
+
 from nbtune import _files
 from nbtune._hub import downloaded
 from nbtune._settings import check, check_regex, detail, did_you_mean, invalid, plain, setting
@@ -103,9 +105,7 @@ class PeftConfig:
     peft_version: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of a newer file, kept as they came
     modules_to_save: list[str] | None = detail(
-        None,
-        "Modules to train in full and to save with the adapter, such as a new classification head.",
-        label="Modules trained in full",
+        None, "Modules to train in full and save with the adapter, such as a new head.", label="Modules trained in full"
     )
 
     def __init_subclass__(cls, *, peft_type: str = "", absent: tuple[str, ...] = ()) -> None:
@@ -160,11 +160,8 @@ class PeftConfig:
             known = {field.name for field in dataclasses.fields(kind)}
             extra = {name: values.pop(name) for name in sorted(values.keys() - known)}
             if extra:
-                warnings.warn(
-                    f"The adapter's config has settings unknown to this version of nbtune: {', '.join(extra)}. "
-                    "They are kept in the config and have no effect.",
-                    stacklevel=4,
-                )
+                message = f"The adapter's config has settings unknown to this version of nbtune: {', '.join(extra)}. "
+                warnings.warn(f"{message}They are kept in the config and have no effect.", stacklevel=4)
             values["extra"] = extra
         return kind(**values)
 
@@ -179,16 +176,23 @@ class PeftConfig:
         """The text of adapter_config.json. Patterns keep their order: the first that matches counts."""
         return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
+    def to_yaml(self) -> str:
+        """The same as YAML, the settings in their own order."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     @classmethod
     def from_json_file(cls, path: str | Path) -> PeftConfig:
-        """Read an adapter_config.json. Raises AdapterError naming the file and what is wrong in it."""
+        """Read an adapter_config.json, or a .yaml file. Raises AdapterError naming the file and what is wrong in it."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text) if str(path).endswith((".yaml", ".yml")) else json.loads(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:  # JSON's and Unicode's errors are ValueErrors
             raise AdapterError("Unreadable adapter config", f"{path}: {error}") from error
         if not isinstance(values, dict):
             raise AdapterError("Unreadable adapter config", f"{path} holds a {type(values).__name__}, not settings.")
         return cls._from_dict(values, from_file=True)
+
+    from_yaml_file = from_json_file
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> PeftConfig:

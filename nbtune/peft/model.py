@@ -475,11 +475,8 @@ class PeftModel(nn.Module):
         super().train(mode)
         active = self._state.active
         if mode and active and all(self.peft_config[name].inference_mode for name in active):
-            warnings.warn(
-                f"The active adapter {', '.join(active)} is frozen: training it changes nothing. Load it with "
-                "is_trainable=True, or thaw it with set_requires_grad.",
-                stacklevel=2,
-            )
+            message = f"The active adapter {', '.join(active)} is frozen: training it changes nothing. "
+            warnings.warn(f"{message}Load it with is_trainable=True, or thaw it: set_requires_grad.", stacklevel=2)
         return self
 
     def _adapters(self, name: str) -> dict[str, Adapter]:

@@ -84,6 +84,8 @@ def test_every_config_survives_a_dict_json_and_yaml(peft_type, tmp_path):
     config = config_class(peft_type)(**chosen)
     assert PeftConfig.from_dict(config.to_dict()) == config
     assert PeftConfig.from_dict(json.loads(config.to_json())) == config
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert PeftConfig.from_yaml_file(tmp_path / "config.yaml") == config
     (tmp_path / "spec.yaml").write_text(RunSpec(method=config).to_yaml())
     assert RunSpec.from_yaml(tmp_path / "spec.yaml").method == config
     assert config.changes().keys() == chosen.keys()
