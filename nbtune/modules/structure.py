@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from nbtune._transformers import PreTrainedModel
+from nbtune.errors import AdapterError
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, features
 
 Modules = Mapping[str, nn.Module]
@@ -160,6 +161,19 @@ def _read_raw(modules: Modules) -> list[str]:
         elif isinstance(module, nn.MultiheadAttention):
             raw += linears
     return raw
+
+
+def refuse_uncalled(modules: Modules, paths: Iterable[str]) -> None:
+    """Raise AdapterError where one of the paths is a layer whose weight is read past it, and an adapter with it.
+
+    PEFT refuses those of Mamba, too, but for dt_proj; one in MultiheadAttention it adapts in a way of its own.
+    """
+    for path in paths:
+        parent = modules.get(_parent(path))
+        mixer = parent is not None and parent._parameters.keys() >= {"A_log", "D"}
+        if isinstance(parent, nn.MultiheadAttention) or (mixer and path.endswith((".out_proj", ".conv1d", ".dt_proj"))):
+            message = f"{path} is not called: {type(parent).__name__} reads its weight, and would pass an adapter by."
+            raise AdapterError("A layer that is not called", message, "Name it in exclude_modules.")
 
 
 def _is_key_or_value(path: str) -> bool:

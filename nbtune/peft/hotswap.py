@@ -43,22 +43,22 @@ def hotswap_adapter(
         raise AdapterError("Only LORA can be swapped", message, "Use load_adapter and delete_adapter.")
     base = model.get_base_model()
     config = resolve(base, config.replace(inference_mode=old.inference_mode))
-    new, places = inject.build(base, config), model._adapters(adapter_name)
+    new: dict[str, Any] = inject.build(base, config)
+    places: dict[str, Any] = model._adapters(adapter_name)
     checkpoint.fill(base, new, checkpoint.read(folder))
     _check(new, places)
-    with torch.no_grad():
-        for path, adapter in places.items():
-            _overwrite(adapter, new.get(path))  # type: ignore[arg-type]
+    for path, adapter in places.items():
+        _overwrite(adapter, new.get(path))
     model.peft_config[adapter_name] = config
 
 
-def _check(new: dict[str, inject.Adapter], places: dict[str, inject.Adapter]) -> None:
+def _check(new: dict[str, Any], places: dict[str, Any]) -> None:
     extra = sorted(new.keys() - places.keys())
     if extra:
         message = f"The new adapter adapts {len(extra)} layers that the loaded one does not, such as {extra[0]}."
         raise AdapterError("Does not fit in place", message, "Load the adapter with more layers first.")
     for path, place in places.items():
-        pair: list[Any] = [part for part in (place, new.get(path)) if part is not None]
+        pair = [part for part in (place, new.get(path)) if part is not None]
         alike = len({tuple(name for name, _ in part.named_parameters()) for part in pair}) == 1
         if not alike or not all(isinstance(part, Lora) and part.start_A is None for part in pair):
             message = f"{path}: one of the two has more than A and B, or is no LoRA."
@@ -69,6 +69,7 @@ def _check(new: dict[str, inject.Adapter], places: dict[str, inject.Adapter]) ->
             raise AdapterError("Does not fit in place", message, "Load the adapter with the highest rank first.")
 
 
+@torch.no_grad()
 def _overwrite(place: Lora, new: Lora | None) -> None:
     for name, parameter in place.named_parameters():
         parameter.zero_()

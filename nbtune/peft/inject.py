@@ -14,6 +14,7 @@ from torch import nn
 from nbtune.errors import AdapterError
 from nbtune.modules.base import LINEARS
 from nbtune.modules.quantised import is_quantised
+from nbtune.modules.structure import refuse_uncalled
 from nbtune.peft.config import LayerConfig, PeftConfig, PromptLearningConfig, did_you_mean
 from nbtune.peft.layer import BASE, ActiveAdapters, Adapter, AdapterLayer, SavedModule, Several
 from nbtune.peft.methods import adapter_class
@@ -59,6 +60,7 @@ def _layers(config: LayerConfig, places: dict[str, Place]) -> dict[str, Adapter]
     bases = {path: places[path].module for path in matching(config, places)}
     for path, base in bases.items():
         _check_base(kind, config, path, base)
+    refuse_uncalled({path: place.module for path, place in places.items()}, bases)
     shared = kind.share(config, bases)
     return {path: kind.create(base, config, path, shared) for path, base in bases.items()}
 

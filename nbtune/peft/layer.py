@@ -415,9 +415,6 @@ class AdapterLayer(nn.Module):
         """Make the merged layer the base layer for good."""
         self._original = ()
 
-    def extra_repr(self) -> str:
-        return f"active={list(self.state.active)}"
-
 
 def _parts(adapter: Any) -> tuple[Any, ...]:
     return tuple(adapter.parts) if isinstance(adapter, Several) else (adapter,)

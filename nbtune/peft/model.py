@@ -139,8 +139,7 @@ class PeftModel(nn.Module):
         """Build, fill and attach an adapter; whatever fails leaves the model as it was."""
         inject.check_name(name)
         if name in self.peft_config and not replace:
-            remedy = "Use another name, or delete_adapter first."
-            raise AdapterError("The name is taken", f"There is an adapter {name!r} already.", remedy)
+            raise AdapterError("The name is taken", f"There is an adapter {name!r} already.", "Use another name.")
         self._refuse_merged(self._state.merged)  # a copy of a base module would hold them too
         if not isinstance(config, LayerConfig | PromptLearningConfig):
             message = f"The config is a {type(config).__name__}."
@@ -243,8 +242,7 @@ class PeftModel(nn.Module):
         inject.check_name(adapter_name)
         self._check_known(adapters)
         if adapter_name in self.peft_config:
-            message = f"There is an adapter {adapter_name!r} already."
-            raise AdapterError("The name is taken", message, "Use another name, or delete_adapter first.")
+            raise AdapterError("The name is taken", f"There is an adapter {adapter_name!r}.", "Use another name.")
         settings |= {"svd_rank": svd_rank, "svd_clamp": svd_clamp}
         parts = {name: (self.peft_config[name], self._adapters(name)) for name in adapters}
         base = self.get_base_model()

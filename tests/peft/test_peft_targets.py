@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import MODELS
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from nbtune.errors import AdapterError
 from nbtune.peft import LoraConfig, find_targets, get_peft_model
@@ -149,3 +150,17 @@ def test_a_quantised_module_is_refused_by_name():
     model["proj"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(AdapterError, match=r"proj \(Linear\) holds torch.uint8"):
         get_peft_model(model, LoraConfig(target_modules=["proj"]))
+
+
+def test_layers_whose_weight_is_read_past_them_are_refused():
+    """An adapter there would do nothing, or something else in a fused kernel; PEFT refuses out_proj and conv1d too."""
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=4))
+    for name in ("out_proj", "dt_proj", "conv1d"):
+        with pytest.raises(AdapterError, match=f"{name} is not called: MambaMixer reads its weight"):
+            get_peft_model(mamba, LoraConfig(target_modules=[name]))
+    with pytest.raises(AdapterError, match="not called"):
+        get_peft_model(mamba, LoraConfig(target_modules="all-linear"))
+    get_peft_model(mamba, LoraConfig(target_modules=["in_proj", "x_proj"]))
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(AdapterError, match="MultiheadAttention reads its weight"):
+        get_peft_model(attention, LoraConfig(target_modules=["out_proj"]))
