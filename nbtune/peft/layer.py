@@ -285,7 +285,7 @@ class AdapterLayer(nn.Module):
         if not any(adapter.rotates for adapter in adapters):
             y = call(x, *args, **kwargs)
             for adapter in adapters:
-                y = adapter(x, y, self.base_layer)
+                y = adapter(x, y, self.original)
             return y
         # As if merged one after the other: an adapter sees its input as the later ones have changed it.
         inputs = [x]
@@ -293,7 +293,7 @@ class AdapterLayer(nn.Module):
             inputs.append(adapter.before(inputs[-1]))
         y = call(inputs.pop(), *args, **kwargs)
         for adapter in adapters:
-            y = adapter(inputs.pop(), y, self.base_layer)
+            y = adapter(inputs.pop(), y, self.original)
         return y
 
     def _called(self) -> Callable[..., Any]:

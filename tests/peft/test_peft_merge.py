@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grid import disturb
 from tiny_models import llama, logits
 from transformers import LlamaForCausalLM
 
 from nbtune.errors import AdapterError
-from nbtune.peft import LoraConfig, get_peft_model
+from nbtune.peft import BeftConfig, HiraConfig, LoraConfig, get_peft_model
 
 RANDOM = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
 
@@ -150,3 +151,20 @@ def test_a_model_moved_while_merged_unmerges_in_its_new_precision(two, base, mak
     weight = base.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float64
     assert torch.equal(weight.float(), make().model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=4, use_dora=True), HiraConfig(r=4), BeftConfig(), LoraConfig(bias="all")]
+)
+def test_an_adapter_beside_a_merged_one_starts_from_the_base(make, ids, config):
+    """Its equation has the base weight in it, which is not the merged one."""
+    config = config.replace(target_modules=["query", "dense"])
+    model = get_peft_model(make("bert"), config, "a").eval()
+    model.add_adapter("b", config)
+    disturb(model, 0.2)
+    model.set_adapter(["a", "b"])
+    together = logits(model, ids)
+    model.merge_adapter(["a"])
+    close(logits(model, ids), together)
+    model.merge_adapter(["b"])
+    close(logits(model, ids), together)
