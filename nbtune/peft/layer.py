@@ -219,6 +219,7 @@ class ActiveAdapters:
     configs: dict[str, PeftConfig] = dataclasses.field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    requantised: bool = False  # whether merging into quantised layers quantised them again
     enabled: bool = True
     rows: Rows | None = None
     # The parameters that adding the first adapter froze; `unload` thaws them.

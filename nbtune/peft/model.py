@@ -205,7 +205,7 @@ class PeftModel(nn.Module):
         finally:
             self._state.update(enabled=enabled)
             if merged:
-                self._merge(merged)
+                self._merge(merged, self._state.requantised)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Where it was the only active one, the first of the others becomes active."""
@@ -271,6 +271,7 @@ class PeftModel(nn.Module):
             self.unmerge_adapter()
             raise
         _tie_again(layers)
+        self._state.requantised = requantise
         self._state.update(merged=names)
         return [report for report in reports if report is not None]
 

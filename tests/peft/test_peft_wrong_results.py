@@ -125,6 +125,10 @@ def test_2_merging_on_a_cpu_after_a_forward_pass_is_right(bits, tokens):
     assert torch.equal(logits(ours, tokens), before)
     again = ours.merge_adapter(requantise=True)
     assert 1e-3 < max(report.relative_error for report in again) < 0.2
+    merged = logits(ours, tokens)
+    with ours.disable_adapter():
+        assert not torch.equal(logits(ours, tokens), merged)
+    assert torch.equal(logits(ours, tokens), merged)
     ours.unmerge_adapter()
     assert torch.equal(logits(ours, tokens), before)
 
