@@ -116,7 +116,7 @@ def test_ui_opens_mlflow_on_the_runs(trained, folder):
     command = [sys.executable, "-m", "nbtune.cli", "ui", "--port", str(port), "--runs-dir", folder / "runs"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # a new environment compiles and reads some thousand files first
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:

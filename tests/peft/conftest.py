@@ -48,7 +48,9 @@ def ids():
 
 
 def pytest_generate_tests(metafunc):
-    """Each test of a `grid.MethodTests` runs on every case of its class."""
+    """Each test of a `grid.MethodTests` runs on every case of its class, or on the first with each model."""
     if "case" in metafunc.fixturenames:
-        cases = metafunc.cls.cases
-        metafunc.parametrize("case", cases, ids=[f"{name}-{number}" for number, (name, _) in enumerate(cases)])
+        cases = [(f"{case[0]}-{number}", case) for number, case in enumerate(metafunc.cls.cases)]
+        if metafunc.definition.get_closest_marker("once_per_model"):
+            cases = list({case[0]: (name, case) for name, case in reversed(cases)}.values())[::-1]
+        metafunc.parametrize("case", [case for _, case in cases], ids=[name for name, _ in cases])

@@ -68,7 +68,7 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
 
 
 class MethodTests:
-    """The invariants; a subclass names its configs and cases. Each test runs on every case."""
+    """The invariants; a subclass names its configs and cases. Each test runs on every case, or once per model."""
 
     config: ClassVar[type[PeftConfig]]
     oracle: ClassVar[type[peft.PeftConfig]]
@@ -152,6 +152,7 @@ class MethodTests:
         close(outputs(plain, case[0]), expected, atol=2e-5)
         assert not any(isinstance(module, AdapterLayer) for module in plain.modules())
 
+    @pytest.mark.once_per_model
     def test_unloading_gives_the_base_bit_for_bit(self, make, case):
         ours = self.adapted(make, case)
         for _ in range(3):
@@ -161,6 +162,7 @@ class MethodTests:
         assert plain.keys() == base.keys()
         assert all(torch.equal(plain[key], base[key]) for key in base)
 
+    @pytest.mark.once_per_model
     def test_disabled_is_the_base(self, make, case):
         ours = self.adapted(make, case)
         with ours.disable_adapter():
@@ -169,6 +171,7 @@ class MethodTests:
         with ours.disable_adapter():
             assert torch.equal(outputs(ours, case[0]), outputs(make(case[0]), case[0]))
 
+    @pytest.mark.once_per_model
     def test_only_the_adapter_gets_gradients(self, make, case):
         ours = self.adapted(make, case).train()
         ours(**inputs(case[0])).loss.backward()
@@ -207,6 +210,7 @@ class MethodTests:
             mixed = outputs(ours, case[0], adapter_names=rows)
             close(mixed, torch.stack([expected[name][row] for row, name in enumerate(rows)]), atol=2e-5)
 
+    @pytest.mark.once_per_model
     def test_rows_train_their_own_adapter(self, make, case):
         """The gradient of a mixed batch is that of the rows with that adapter, alone."""
         ours = self.two(make, case)
@@ -236,6 +240,7 @@ class MethodTests:
         trained = sum(p.numel() * p.element_size() for p in ours.parameters() if p.requires_grad)
         assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == trained
 
+    @pytest.mark.once_per_model
     def test_on_the_meta_device_it_has_the_same_shapes(self, make, case):
         ours, meta = (
             get_peft_model(model, self.config(**case[1])) for model in (make(case[0]), make(case[0]).to("meta"))
@@ -246,6 +251,7 @@ class MethodTests:
         assert shapes[0] == shapes[1]
         assert ours.get_nb_trainable_parameters()[0] == meta.get_nb_trainable_parameters()[0]
 
+    @pytest.mark.once_per_model
     def test_a_bfloat16_base_stays_bfloat16(self, make, case):
         exact = self.adapted(make, case)
         ours = get_peft_model(make(case[0]).to(torch.bfloat16), self.config(**case[1]))
