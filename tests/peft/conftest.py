@@ -51,6 +51,6 @@ def pytest_generate_tests(metafunc):
     """Each test of a `grid.MethodTests` runs on every case of its class, or on the first with each model."""
     if "case" in metafunc.fixturenames:
         cases = [(f"{case[0]}-{number}", case) for number, case in enumerate(metafunc.cls.cases)]
-        if metafunc.definition.get_closest_marker("once_per_model"):
+        if metafunc.definition.get_closest_marker("once_per_model") and not metafunc.cls.thorough:
             cases = list({case[0]: (name, case) for name, case in reversed(cases)}.values())[::-1]
         metafunc.parametrize("case", [case for _, case in cases], ids=[name for name, _ in cases])

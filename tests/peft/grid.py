@@ -73,6 +73,7 @@ class MethodTests:
     config: ClassVar[type[PeftConfig]]
     oracle: ClassVar[type[peft.PeftConfig]]
     cases: ClassVar[list[tuple[str, dict[str, Any]]]]
+    thorough: ClassVar[bool] = False  # run every test on every case
     noise: ClassVar[float] = 0.05
     change: ClassVar[float] = 1e-3  # what the noise at least does to the logits
     learning_rate: ClassVar[float] = 1e-2
@@ -141,6 +142,7 @@ class MethodTests:
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
         assert mine[-1] < mine[0]
 
+    @pytest.mark.once_per_model
     def test_merged_equals_unmerged_and_the_base_comes_back_bit_for_bit(self, make, case):
         ours = self.adapted(make, case)
         expected = outputs(ours, case[0])
@@ -179,6 +181,7 @@ class MethodTests:
             assert parameter.requires_grad == (".adapters." in name), name
             assert (parameter.grad is not None) == (".adapters." in name), name
 
+    @pytest.mark.once_per_model
     def test_two_active_adapters(self, make, case, tmp_path):
         if case[1].get("modules_to_save") or case[1].get("task_type") == "SEQ_CLS":
             pytest.skip("two adapters cannot both replace a module")
@@ -198,6 +201,7 @@ class MethodTests:
             theirs.base_model.set_adapter(["a", "b"])
             close(outputs(theirs, case[0]), together, atol=3e-5)
 
+    @pytest.mark.once_per_model
     def test_each_row_has_its_adapter(self, make, case):
         ours = self.two(make, case)
         expected = {}
@@ -228,6 +232,7 @@ class MethodTests:
             assert gradient is not None, name
             torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=2e-4, rtol=1e-3)
 
+    @pytest.mark.once_per_model
     def test_the_file_holds_what_is_trained_and_no_more(self, make, case, tmp_path):
         ours = self.adapted(make, case)
         ours.save_pretrained(tmp_path / "once")

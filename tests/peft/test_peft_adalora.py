@@ -18,6 +18,7 @@ SMALL = {"init_r": 6, "target_r": 2, "total_step": 20}
 
 
 class TestAdaLora(MethodTests):
+    thorough = True
     config, oracle = AdaLoraConfig, peft.AdaLoraConfig
     noise = 0.3
     cases = [

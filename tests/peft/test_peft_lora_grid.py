@@ -13,6 +13,7 @@ from nbtune.peft import LoraConfig, PeftModel, get_peft_model
 
 
 class TestLora(MethodTests):
+    thorough = True
     config, oracle = LoraConfig, peft.LoraConfig
     cases = [
         ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 4, "rank_pattern": {"down_proj": 3}}),
@@ -40,6 +41,7 @@ class TestDora(MethodTests):
 
 
 class TestInits(MethodTests):
+    thorough = True
     config, oracle = LoraConfig, peft.LoraConfig
     learning_rate = 1e-3  # PiSSA starts from large weights
     adds = False  # PEFT takes the second adapter's start out of what the first has left of the base
