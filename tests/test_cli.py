@@ -92,7 +92,7 @@ def test_check_fails_where_there_is_an_error(folder):
 
 def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
     runs_dir = folder / "interrupted"
-    command = [sys.executable, "-m", "nbtune.cli", "train", folder / "spec.yaml", "--set", "max_steps=6"]
+    command = [sys.executable, "-m", "nbtune.cli", "train", folder / "spec.yaml", "--set", "max_steps=20"]
     process = subprocess.Popen([*command, "--runs-dir", runs_dir], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any(run.progress().step >= 1 for run in runs(runs_dir)):
@@ -106,7 +106,7 @@ def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
 
     done = nbtune("resume", run.id.split("-", 2)[2], "--runs-dir", runs_dir)
     assert done.returncode == 0, done.stderr
-    assert Run.open(run.path).summary()["steps"] == 6
+    assert Run.open(run.path).summary()["steps"] == 20
 
 
 def test_ui_opens_mlflow_on_the_runs(trained, folder):
