@@ -1,4 +1,4 @@
-"""Adapters of one model, combined into a new one; the mathematics is in weighted.py."""
+"""Adapters of one model, combined into a new one; the mathematics is in kernels/low_rank.py."""
 
 from __future__ import annotations
 

@@ -51,8 +51,14 @@ def disturb(model: nn.Module, noise: float, seed: int = 5) -> None:
 
 def losses(model: Any, name: str, learning_rate: float, steps: int = 10) -> Tensor:
     """The losses of some steps of AdamW, in training mode."""
+    return trained(
+        model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate), name, steps
+    )
+
+
+def trained(model: Any, optimizer: torch.optim.Optimizer, name: str = "llama", steps: int = 10) -> Tensor:
+    """The losses of some steps of an optimiser, in training mode."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     seen = []
     for _ in range(steps):
         loss = model(**inputs(name)).loss

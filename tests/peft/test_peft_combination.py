@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from grid import close, disturb
-from tiny_models import logits
+from tiny_models import llama, logits, quantised_and_plain
 
 from nbtune.errors import AdapterError
 from nbtune.peft import (
@@ -22,6 +22,7 @@ from nbtune.peft import (
     hotswap_adapter,
     initialize_lora_eva_weights,
     inject_adapter_in_model,
+    replace_lora_weights_loftq,
 )
 
 TARGETS = ["q_proj", "v_proj"]
@@ -171,3 +172,21 @@ def test_eva_takes_its_first_weights_from_the_inputs(make, ids):
     assert model.active_adapters == ["default"]
     with pytest.raises(AdapterError, match="init_lora_weights='eva'"):
         initialize_lora_eva_weights(get_peft_model(make(), LoraConfig(target_modules=TARGETS)), batches)
+
+
+def test_loftq_gives_back_what_quantising_took(tmp_path):
+    """A LoRA of full rank on a 4-bit base computes as the unquantised model did; of rank 8, nearer to it than none."""
+    original = llama(hidden_size=64, intermediate_size=64, num_attention_heads=2)
+    original.save_pretrained(tmp_path)
+    ids = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    exact, errors = logits(original, ids), []
+    for r in (64, 8):
+        model, _ = quantised_and_plain(4)
+        adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=5, target_modules=["q_proj", "down_proj"])).eval()
+        without = (logits(adapted, ids) - exact).norm()
+        replace_lora_weights_loftq(adapted, tmp_path)
+        errors.append((logits(adapted, ids) - exact).norm() / without)
+    assert errors[0] < 1e-3
+    assert errors[1] < 0.95
+    with pytest.raises(AdapterError, match=r"has no weight of model\.layers\.0"):
+        replace_lora_weights_loftq(adapted, tmp_path / "nowhere")

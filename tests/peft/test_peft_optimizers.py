@@ -6,7 +6,7 @@ import peft
 import peft.optimizers
 import pytest
 import torch
-from grid import inputs
+from grid import trained
 
 from nbtune.errors import AdapterError
 from nbtune.peft import LoraConfig, PeftModel, get_peft_model
@@ -24,18 +24,6 @@ def pair(make, tmp_path):
         return PeftModel.from_pretrained(make(name), tmp_path, is_trainable=True), theirs
 
     return build
-
-
-def trained(model, optimizer, name="llama", steps=10):
-    model.train()
-    seen = []
-    for _ in range(steps):
-        loss = model(**inputs(name)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(loss.item())
-    return torch.tensor(seen)
 
 
 CASES = [

@@ -6,17 +6,15 @@ import copy
 import warnings
 from typing import Any
 
-import bitsandbytes as bnb
 import peft
 import pytest
 import safetensors.torch
 import torch
 from grid import close, disturb
-from tiny_models import llama, logits
+from tiny_models import llama, logits, quantised_and_plain
 from torch import nn
 
 import nbtune.peft
-from nbtune.modules.quantised import dequantised
 from nbtune.peft import LoraConfig, PeftModel, PeftType, get_peft_model
 
 # Every method that adapts layers, with settings that suit the tiny model's 64 features.
@@ -48,28 +46,6 @@ TARGETS = ["q_proj", "down_proj"]
 
 def config_of(name: str, **more: Any) -> nbtune.peft.LayerConfig:
     return getattr(nbtune.peft, name)(target_modules=TARGETS, **SETTINGS[name], **more)
-
-
-def quantised_and_plain(bits: int) -> tuple[nn.Module, nn.Module]:
-    """A tiny Llama whose adapted layers are quantised, and the same with what these layers hold as floats."""
-    model = llama(hidden_size=64, intermediate_size=64, num_attention_heads=2)
-    for block in model.model.layers:
-        for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
-            old = getattr(parent, name)
-            kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
-            options = (
-                {"compute_dtype": torch.float32, "quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
-            )
-            new = kind(old.in_features, old.out_features, bias=False, **options)
-            new.load_state_dict({"weight": old.weight.data})
-            setattr(parent, name, new.to("cpu"))
-    plain = copy.deepcopy(model)
-    for block in plain.model.layers:
-        for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
-            layer = nn.Linear(64, 64, bias=False)
-            layer.weight.data = dequantised(getattr(parent, name), torch.float32)
-            setattr(parent, name, layer)
-    return model.eval(), plain.eval()
 
 
 @pytest.fixture

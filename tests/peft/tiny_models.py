@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
@@ -16,6 +19,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from nbtune.modules.quantised import dequantised
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -60,3 +65,25 @@ MODELS = {"llama": llama, "neox": neox, "bert": bert, "gpt2": gpt2, "t5": t5}
 def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, **kwargs).logits
+
+
+def quantised_and_plain(bits: int) -> tuple[nn.Module, nn.Module]:
+    """A tiny Llama whose adapted layers are quantised, and the same with what these layers hold as floats."""
+    model = llama(hidden_size=64, intermediate_size=64, num_attention_heads=2)
+    for block in model.model.layers:
+        for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
+            old = getattr(parent, name)
+            kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+            options = (
+                {"compute_dtype": torch.float32, "quant_type": "nf4"} if bits == 4 else {"has_fp16_weights": False}
+            )
+            new = kind(old.in_features, old.out_features, bias=False, **options)
+            new.load_state_dict({"weight": old.weight.data})
+            setattr(parent, name, new.to("cpu"))
+    plain = copy.deepcopy(model)
+    for block in plain.model.layers:
+        for parent, name in ((block.self_attn, "q_proj"), (block.mlp, "down_proj")):
+            layer = nn.Linear(64, 64, bias=False)
+            layer.weight.data = dequantised(getattr(parent, name), torch.float32)
+            setattr(parent, name, layer)
+    return model.eval(), plain.eval()

@@ -206,7 +206,7 @@ class Lora(Adapter):
 
     @classmethod
     def combined(cls, adapters: Sequence[Self], weights: Sequence[float], kind: str, **settings: Any) -> Self:
-        """A new adapter from some of one layer; see weighted.combine."""
+        """A new adapter from some of one layer; see low_rank.combine."""
         A, B, scaling = combine([adapter.low_rank() for adapter in adapters], weights, kind, **settings)
         return cls(A, B, scaling, adapters[0].dropout)
 
