@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, PromptLearning
 from nbtune.peft.configs.lora import LoraConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Optimiser = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lorafa"]
 DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Row = dict[str, Any]
@@ -193,9 +194,10 @@ class TrainingSpec(_Part):
         advanced=True,
         sweepable=True,
     )
-    optim: Literal["adamw_torch_fused", "lorafa"] = _field(
+    optim: Optimiser = _field(
         "adamw_torch_fused",
-        help="The optimiser: AdamW, or LoRA-FA, which trains only LoRA's B, with a rescaled gradient.",
+        help="AdamW, with its averages in 32 bits, in 8 (bitsandbytes), or paged out of a full GPU; or LoRA-FA, which"
+        " trains only LoRA's B.",
         label="Optimiser",
         advanced=True,
     )
@@ -215,6 +217,16 @@ class TrainingSpec(_Part):
     gradient_checkpointing: bool = _field(
         False, help="Recompute activations in the backward pass: less memory, about a third slower.", advanced=True
     )
+    activation_offloading: bool = _field(
+        False,
+        help="Keep what gradient checkpointing keeps in the host's memory instead of the GPU's; the copies overlap.",
+        advanced=True,
+    )
+    torch_compile: bool = _field(
+        False,
+        help="Compile the model's blocks before the first step; a long run gets its minutes back, a short one does not.",
+        advanced=True,
+    )
     eval_steps: int = _field(
         20, help="Measure the held-out loss every so many steps; 0 only before and after.", unit="steps", ge=0
     )
@@ -225,6 +237,26 @@ class TrainingSpec(_Part):
     seed: int = _field(
         0, help="Seed of the adapter's first weights, of dropout and of the order of rows.", ge=0, sweepable=True
     )
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optim(cls, value: Any) -> Any:
+        return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers' two names of one optimiser
+
+    def optimizer_bytes(self, sizes: Iterable[int], device_type: str) -> int:
+        """Bytes of the optimiser's averages on the device, for trained tensors of these numbers of elements.
+
+        The averages of 8-bit AdamW are bytes with an fp32 scale per 256 of them, but fp32 in tensors under 4,096
+        elements. Paged ones of 100,000 elements and more lie outside what torch allocates, on a GPU.
+        """
+
+        def of(size: int) -> int:
+            if self.optim.startswith("paged") and device_type == "cuda" and size >= 100_000:
+                return 0
+            eight = self.optim.endswith("8bit") and size >= 4096
+            return 2 * (size + 4 * -(-size // 256)) if eight else 8 * size
+
+        return sum(map(of, sizes))
 
 
 class TrackingSpec(_Part):
