@@ -224,7 +224,7 @@ class TrainingSpec(_Part):
     )
     torch_compile: bool = _field(
         False,
-        help="Compile the model's blocks before the first step; a long run gets its minutes back, a short one does not.",
+        help="Compile the model's blocks before the first step: takes minutes, which a long run gets back.",
         advanced=True,
     )
     eval_steps: int = _field(

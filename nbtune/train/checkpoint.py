@@ -2,7 +2,7 @@
 
 checkpoints/step-00000020/
 weights.safetensors     the trained parameters, by name, as they are in memory, and what a method follows (AdaLoRA)
-optimizer.safetensors   AdamW's averages and step counts, by parameter name
+optimizer.safetensors   AdamW's averages, their scales where they have 8 bits, and step counts, by parameter name
 state.json              the step; with the spec's seed it fixes the learning rate, the data position and the
 random numbers, which are all functions of (seed, step)
 """
@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,26 +76,58 @@ def load(path: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> 
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
 
-    tensors = load_file(path / "optimizer.safetensors")
-    states = {}
-    for index, name in enumerate(_optimizer_names(parameters, optimizer)):
-        prefix = f"{name}:"
-        states[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: state for i, state in states.items() if state}, "param_groups": groups})
+    _load_optimizer(load_file(path / "optimizer.safetensors"), parameters, optimizer)
     return step
 
 
 def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    """What `optimizer` keeps of each parameter. A Python count (bitsandbytes' step) is stored as an int64 scalar."""
+    tensors = {}
+    for parameter, name in _optimizer_names(parameters, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+            # A copy: the maps of 8-bit values are one tensor that all parameters share.
+            tensors[f"{name}:{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _load_optimizer(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, key = key.rpartition(":")
+        states.setdefault(name, {})[key] = tensor
     names = _optimizer_names(parameters, optimizer)
-    return {
-        f"{names[index]}:{key}": value.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
+    if any("state1" in state for state in states.values()):
+        _load_bitsandbytes({parameter: states[name] for parameter, name in names.items() if name in states}, optimizer)
+        return
+    numbered = {index: states[name] for index, name in enumerate(names.values()) if name in states}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _optimizer_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> list[str]:
-    """The parameters' names in the order in which `optimizer` numbers them."""
+def _load_bitsandbytes(states: Mapping[Tensor, Mapping[str, Tensor]], optimizer: Any) -> None:
+    """Fill the memory that the optimiser itself makes: its own loading would put paged averages on the GPU for good."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter in states:
+                optimizer.init_state(group, parameter, group_index, index)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # paged memory is being set to zero
+    for parameter, saved in states.items():
+        state = optimizer.state[parameter]
+        if state.keys() != saved.keys():
+            raise RunError(
+                "The checkpoint is of another optimiser",
+                f"It keeps {', '.join(sorted(saved))} of a parameter, this one {', '.join(sorted(state))}.",
+                "Resume with the spec and the version of bitsandbytes that the run was started with.",
+            )
+        for key, tensor in saved.items():
+            if isinstance(state[key], Tensor):
+                state[key].copy_(tensor)
+            else:
+                state[key] = int(tensor)
+
+
+def _optimizer_names(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[Tensor, str]:
+    """The name of each parameter, in the order in which `optimizer` numbers them."""
     name_of = {parameter: name for name, parameter in parameters.items()}
-    return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    return {p: name_of[p] for group in optimizer.param_groups for p in group["params"]}

@@ -118,9 +118,10 @@ def train(
     total_steps = schedule.total_steps
 
     start = 0
+    # Before the checkpoint: this would take a paged optimiser's averages out of their pages.
+    model, prepared = accelerator.prepare(loss_model, optimizer)
     if saved := checkpoint.checkpoints(checkpoints):
         start = checkpoint.load(saved[-1], state, optimizer)
-    model, optimizer = accelerator.prepare(loss_model, optimizer)
     precision = _precision(loss_model, device, compute_dtype)
 
     loss_model.verify(**_probe(schedule, device))
@@ -150,10 +151,10 @@ def train(
 
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
         assert grad_norm is not None
-        optimizer.step()
+        prepared.step()
         if adapted is not None:
             adapted.update_and_allocate(step)
-        optimizer.zero_grad()
+        prepared.zero_grad()
         if device.type == "cpu":
             trim_heap()
         _require_finite(float(loss), step + 1)

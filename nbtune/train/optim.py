@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from nbtune.modules.quantised import bitsandbytes
 from nbtune.peft import PeftModel
 from nbtune.peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from nbtune.spec import TrainingSpec
@@ -18,42 +20,35 @@ def build_optimizer(model: nn.Module, adapted: PeftModel | None, training: Train
 
     LoRA-FA freezes parameters of `adapted`; a spec names it, and LoRA+, only for adapters.
     """
-    betas = (training.adam_beta1, training.adam_beta2)
-    if training.optim == "adamw_torch_fused" and training.loraplus_lr_ratio is None:
-        optimizer: Optimizer = adamw(((n, p) for n, p in model.named_parameters() if p.requires_grad), training)
-        return _with_ratios(optimizer, training)
-    assert adapted is not None
     if training.optim == "lorafa":
-        optimizer = create_lorafa_optimizer(
+        assert adapted is not None
+        optimizer: Optimizer = create_lorafa_optimizer(
             adapted,
             r=1,  # not read
             lora_alpha=1,
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            betas=betas,
+            betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
         )
-    else:
+    elif training.loraplus_lr_ratio is not None:
+        assert adapted is not None
+        kind, options = _adamw_class(training)
         optimizer = create_loraplus_optimizer(
             adapted,
-            AdamW,
-            lr=training.learning_rate,
-            loraplus_lr_ratio=training.loraplus_lr_ratio or 1.0,
+            kind,
+            loraplus_lr_ratio=training.loraplus_lr_ratio,
             loraplus_weight_decay=training.weight_decay,
-            betas=betas,
-            eps=training.adam_epsilon,
-            fused=True,
+            **options,
         )
-    return _with_ratios(optimizer, training)
-
-
-def _with_ratios(optimizer: Optimizer, training: TrainingSpec) -> Optimizer:
+    else:
+        optimizer = adamw(((n, p) for n, p in model.named_parameters() if p.requires_grad), training)
     for group in optimizer.param_groups:
         group["lr_ratio"] = group["lr"] / training.learning_rate
     return optimizer
 
 
-def adamw(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSpec) -> AdamW:
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSpec) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; vectors and scalars do not decay."""
     matrices, vectors = [], []
     for _, parameter in parameters:
@@ -62,13 +57,30 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSpec
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        fused=True,
-    )
+    kind, options = _adamw_class(training)
+    return kind([group for group in groups if group["params"]], **options)
+
+
+def _adamw_class(training: TrainingSpec) -> tuple[Any, dict[str, Any]]:
+    """The class of AdamW that `training.optim` names, and its settings.
+
+    bitsandbytes' keep their averages as bytes with a scale per 256 (Dettmers et al. 2022, arXiv:2110.02861), or in
+    memory that the driver moves between GPU and host as it is used.
+    """
+    options: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    if training.optim == "adamw_torch_fused":
+        return AdamW, {**options, "fused": True}
+    optim = bitsandbytes().optim
+    classes = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw_32bit": optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    return classes[training.optim], options
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingSpec) -> float:
