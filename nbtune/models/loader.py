@@ -12,6 +12,7 @@ from nbtune.errors import ModelError
 from nbtune.models import weights
 from nbtune.models.machine import available_memory, compute_dtype, default_device
 from nbtune.models.source import OnStatus, Source, fetch, ignore_status, resolve
+from nbtune.models.training import prepare_for_training
 from nbtune.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def load(
     tokenizer = _read_tokenizer(source, folder, spec)
     model = _read_model(source, folder, spec, dtype, device)
     if for_training:
-        _prepare_for_training(model)
+        prepare_for_training(model)
     return LoadedModel(model, tokenizer, source, dtype, device)
 
 
@@ -129,26 +130,6 @@ def _quantisation(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_type=spec.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=spec.bnb_4bit_use_double_quant,
-    )
-
-
-def _prepare_for_training(model: PreTrainedModel) -> None:
-    from nbtune.kernels import attention
-
-    attention.register()
-    model.config.use_cache = False
-    model.set_attn_implementation(attention.NAME)
-    # transformers only logs a warning for a model whose attention cannot be chosen, and leaves it as it was.
-    if model.config._attn_implementation != attention.NAME:
-        why = "does not let its attention be chosen (transformers' attention interface)"
-    elif model._is_stateful:
-        why = "carries a state from token to token"
-    else:
-        return
-    raise ModelError(
-        "This architecture cannot be trained",
-        f"{type(model).__name__} {why}, so packed examples would see each other.",
-        "Choose a model with attention in all its layers, such as Llama, Qwen3 or SmolLM2.",
     )
 
 

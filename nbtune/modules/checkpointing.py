@@ -7,6 +7,28 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nbtune._transformers import PreTrainedModel
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks that can be computed again in the backward pass, in the order of the forward pass."""
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_blocks(model: PreTrainedModel, count: int) -> None:
+    """Compute the first `count` blocks again in the backward pass, and keep the activations of the others.
+
+    The first ones, because the backward pass comes to them last: when it does, the others' activations are freed, and
+    a block computed again needs no more room than one that was kept.
+    """
+    if count == 0:
+        model.activation_checkpointing_disable()
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for block in blocks_of(model)[count:]:
+        block.gradient_checkpointing = False
 
 
 @contextmanager
