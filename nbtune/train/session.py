@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
 from nbtune.models import LoadedModel, attach_adapter, compute_dtype, default_device, load
+from nbtune.modules.offload import CudaLane, offloaded_checkpoints
 from nbtune.peft import PeftModel
 from nbtune.peft.configs.lora import AdaLoraConfig
 from nbtune.plan import plan
@@ -66,18 +67,19 @@ def _train(
     schedule = Schedule(dataset.train, spec.training, spec.virtual_tokens)
     adapted = _attach(loaded.model, _with_steps(spec, schedule.total_steps))
     on_event(_start_event(spec, loaded, dataset, schedule))
-    outcome = train(
-        CausalLMLoss(loaded.model),
-        adapted,
-        schedule,
-        eval_batches(dataset.eval, spec.training, spec.virtual_tokens),
-        spec.training,
-        checkpoints=checkpoints,
-        compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
-        memory=memory,
-        on_event=on_event,
-        should_stop=should_stop,
-    )
+    with _offloaded(loaded, spec):
+        outcome = train(
+            CausalLMLoss(loaded.model),
+            adapted,
+            schedule,
+            eval_batches(dataset.eval, spec.training, spec.virtual_tokens),
+            spec.training,
+            checkpoints=checkpoints,
+            compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
+            memory=memory,
+            on_event=on_event,
+            should_stop=should_stop,
+        )
     on_status("writing the adapter" if adapted is not None else "writing the model")
     _write_result(path, loaded, adapted)
     return outcome
@@ -106,6 +108,13 @@ def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.training.seed)
         return attach_adapter(model, spec)
+
+
+def _offloaded(loaded: LoadedModel, spec: RunSpec) -> AbstractContextManager[None]:
+    """Checkpoints in the host's memory, where the spec asks for it and that is not where they are anyway."""
+    if not spec.training.activation_offloading or loaded.device.type != "cuda":
+        return nullcontext()
+    return offloaded_checkpoints(loaded.model, CudaLane(loaded.device))
 
 
 def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule: Schedule) -> Event:
