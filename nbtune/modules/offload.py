@@ -2,7 +2,8 @@
 
 A checkpointed block keeps its input [1, T, D] alone. Here that input is copied to pinned memory, on a stream of its
 own, while the block computes, and back while the block above is computed again (vDNN, Rhu et al. 2016,
-arXiv:1602.08124). So the GPU holds two inputs, however many blocks there are. The last block's stays: it is needed at once.
+arXiv:1602.08124). So the GPU holds two inputs, however many blocks there are. The last block's input stays, for it is
+needed at once.
 
     with offloaded_checkpoints(model, CudaLane(device)):
         train(model)
