@@ -1,0 +1,20 @@
+"""Blocks of rows: on a CPU the passes of an elementwise kernel are made over a part that stays in cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2**20  # fp32 bytes of one tensor's block and core; measured best from 0.5 to 1 MiB with 1 MiB of L2
+
+
+def block_rows(rows: Tensor) -> int:
+    """How many of `rows` [T, D] to treat at a time: all of them on an accelerator, where a pass fills the device."""
+    if not rows.is_cpu:
+        return max(1, len(rows))
+    return max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * max(1, rows.shape[1])))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision to compute in: fp32 for what is stored in half of that, else that of the tensor."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
