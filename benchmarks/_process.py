@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -88,8 +89,9 @@ def _serve(pipe: Connection, side: Side, threads: int | None, device: str) -> No
             values = next(work)
             synchronize(device)
             pipe.send((time.perf_counter() - start, memory.peak(), values))
-    except BaseException:  # noqa: BLE001 - told to the parent, which raises it
-        pipe.send(traceback.format_exc())
+    except BaseException:  # noqa: BLE001 - told to the parent, which raises it, if it is still there
+        with suppress(BrokenPipeError):
+            pipe.send(traceback.format_exc())
     os._exit(0)  # a paced trainer's thread still waits for a round that will not come
 
 
