@@ -15,6 +15,7 @@ import torch
 from nbtune import _files
 from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
+from nbtune.fused import fused
 from nbtune.models import LoadedModel, attach_adapter, compute_dtype, default_device, load
 from nbtune.modules.offload import CudaLane, offloaded_checkpoints
 from nbtune.peft import PeftModel
@@ -66,8 +67,8 @@ def _train(
 
     schedule = Schedule(dataset.train, spec.training, spec.virtual_tokens)
     adapted = _attach(loaded.model, _with_steps(spec, schedule.total_steps))
-    on_event(_start_event(spec, loaded, dataset, schedule))
-    with _offloaded(loaded, spec):
+    with fused(loaded.model) as blocks, _offloaded(loaded, spec):
+        on_event({**_start_event(spec, loaded, dataset, schedule), "fused": dict(blocks.counts)})
         outcome = train(
             CausalLMLoss(loaded.model),
             adapted,

@@ -31,7 +31,6 @@ ARCHITECTURES = {
     "SmolLM3": ({"no_rope_layers": [1, 0]}, {**ALL, "norm": 5}),
     "Glm": ({"partial_rotary_factor": 0.5}, {"attention": 2, "norm": 5}),  # gate and up are one layer
     "Phi3": ({}, {"norm": 5}),  # so are queries, keys and values
-    "StableLm": ({}, ALL),
     "Ministral": ({"sliding_window": 4}, {**ALL, "norm": 5}),
     "Helium": ({}, {**ALL, "norm": 5}),
     "GptOss": ({"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}, {"norm": 5}),
@@ -73,17 +72,21 @@ def adapted(name, config=None):
     return model, peft_model.train()
 
 
+def hidden_states(model):
+    return model.get_decoder()(**inputs()).last_hidden_state
+
+
 def results(model):
     """The last hidden states, and the gradients of their weighted sum by name."""
-    hidden = model.get_decoder()(**inputs()).last_hidden_state
+    hidden = hidden_states(model)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=hidden.dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad((weight * hidden).sum(), list(trained.values()), allow_unused=True)
     return hidden, dict(zip(trained, found, strict=True))
 
 
-def assert_same(ours, theirs, tolerance=2e-5):
-    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
+def assert_same(ours, theirs, tolerance=1e-4):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-5)
     for name, gradient in theirs[1].items():
         if gradient is None:
             assert ours[1][name] is None, name
@@ -100,7 +103,7 @@ def test_hidden_states_and_gradients_are_those_of_the_model(name):
         found = results(model)
     _, counts = ARCHITECTURES[name]
     assert {kind: count for kind, count in blocks.counts.items() if kind != "linear"} == counts
-    assert not blocks.refused or name in ("Cohere", "StableLm")
+    assert not blocks.refused or name == "Cohere"
     assert_same(found, expected)
 
 
@@ -120,6 +123,9 @@ def test_under_autocast_the_blocks_compute_in_its_precision():
             found, of_ours = results(model)
     assert (found - expected).norm() / expected.norm() < 0.02
     for name, gradient in of_theirs.items():
+        if gradient is None:  # the head
+            assert of_ours[name] is None
+            continue
         assert of_ours[name].dtype is gradient.dtype
         assert (of_ours[name] - gradient).norm() / gradient.norm() < 0.1, name
 
@@ -179,16 +185,17 @@ def test_other_adapters_compute_as_ever(case):
 def test_several_adapters_and_switching_while_fused():
     model, peft_model = adapted("Llama")
     peft_model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj", "gate_proj"], init_lora_weights=False))
+    peft_model.set_requires_grad(["default", "second"])
     with fused(model):
         for active in ("second", ["default", "second"]):
-            peft_model.base_model.set_adapter(active)
+            peft_model.set_adapter(active)
             found = results(model)
             with fused_off(model):
                 assert_same(found, results(model))
         with peft_model.disable_adapter():
-            found = results(model)[0]
+            found = hidden_states(model)
     with peft_model.disable_adapter():
-        torch.testing.assert_close(found, results(model)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, hidden_states(model), rtol=1e-5, atol=1e-5)
 
 
 class fused_off:  # noqa: N801 - reads as a function
