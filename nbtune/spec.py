@@ -214,8 +214,11 @@ class TrainingSpec(_Part):
     adam_beta1: float = _field(0.9, help="AdamW: decay of the gradient average.", ge=0, lt=1, advanced=True)
     adam_beta2: float = _field(0.999, help="AdamW: decay of the squared-gradient average.", ge=0, lt=1, advanced=True)
     adam_epsilon: float = _field(1e-8, help="AdamW: added to the denominator.", gt=0, advanced=True)
-    gradient_checkpointing: bool = _field(
-        False, help="Recompute activations in the backward pass: less memory, about a third slower.", advanced=True
+    gradient_checkpointing: Literal["auto", True, False] = _field(
+        "auto",
+        help="Recompute activations in the backward pass: less memory, up to a third slower; auto does so for as many"
+        " layers as the memory calls for, and none where it does not.",
+        advanced=True,
     )
     activation_offloading: bool = _field(
         False,

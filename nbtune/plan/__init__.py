@@ -1,13 +1,18 @@
-"""plan(spec): how much memory a run will take, by part, and how long, before anything is loaded.
+"""plan(spec): how much memory a run will take, by part, how long it takes, and what fits, before anything is loaded.
 
-The model's shapes are read on torch's meta device. On a CPU the peak is that of the whole process (RSS), so it holds
-the interpreter and its libraries too; on a GPU it is what torch allocates.
+The model's shapes are read on torch's meta device, and a step of it is traced on tensors without memory (`trace`). On a
+CPU the peak is that of the whole process (RSS), so it holds the interpreter and its libraries too; on a GPU it is what
+torch allocates.
+
+Where the memory there is does not do, the plan first makes micro-batches smaller as long as they keep the device busy,
+then computes as many blocks again as it must, then makes them smaller still. Rows a step, and so its result, stay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nbtune.spec import RunSpec
@@ -15,105 +20,189 @@ from nbtune.spec import RunSpec
 if TYPE_CHECKING:
     import torch
 
-    from nbtune.models import ModelInfo
+    from nbtune.plan.memory import Peak, Step
+    from nbtune.plan.model import Weights
 
-# Python with torch, transformers, datasets, accelerate and MLflow imported; measured, see docs/measurements.md.
-LIBRARIES_BYTES = 1_250_000_000
-# What the C library's heap holds beyond the activations, in which blocks of many sizes come and go; measured on Linux.
-HEAP_SHARE = 1.05
-# What CUDA's caching allocator and workspaces hold beyond the tensors.
-CUDA_SHARE = 0.1
-# Share of the machine's matrix rate that a whole step reaches; the rest is attention, norms and copies. Measured.
-EFFICIENCY = 0.45
+# What is measured, on Linux; `benchmarks/plan.py --fit` prints new values. See docs/measurements.md.
+LIBRARIES_BYTES = 1_000_000_000  # Python with torch, transformers, datasets, accelerate and MLflow, a tokenizer, rows
+HEAP_SHARE = 1.05  # of the step's tensors: what the C library's heap holds beyond them, in holes of the wrong size
+CUDA_SHARE = 0.1  # of all tensors: what CUDA's caching allocator and workspaces hold beyond them
+EFFICIENCY = 0.45  # share of the machine's matrix rate that a whole step reaches
+
+ROOM = 0.95  # of the memory there is, that a plan may fill
+BUSY_TOKENS = {"cpu": 512, "cuda": 4096}  # micro-batches of so many keep the device as busy as larger ones
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will need."""
+    """What a run will need, and how it is laid out to fit."""
 
-    parts: dict[str, int]  # bytes
+    parts: dict[str, int]  # bytes, at the moment of the peak
     tokens_per_step: int
     seconds: float | None  # of all steps; None where their number depends on the data
-    available_bytes: int  # memory that is free for it now
+    available_bytes: int  # memory that there is for it: what is free, and what this process has
+    micro_batch_size: int  # rows in one forward pass
+    accumulation: int  # forward passes a step
+    checkpointed_layers: int  # of the first blocks, computed again in the backward pass
+    layers: int
+    packing_length: int  # tokens of the flat row that a micro-batch is; no example in it sees another
+    trained_parameters: int
+    traced: bool  # whether the activations were counted; else estimated from the model's sizes
+    chosen: str = ""  # how this differs from what the spec says, and why; "" where it does not
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
         duration = f", about {format_seconds(self.seconds)}" if self.seconds is not None else ""
-        return f"{format_bytes(self.peak_bytes)}{duration} ({parts})"
+        parts += "" if self.traced else "; activations estimated"
+        chosen = f"; {self.chosen}" if self.chosen else ""
+        return f"{format_bytes(self.peak_bytes)}{duration} ({parts}){chosen}"
 
 
 def plan(spec: RunSpec) -> Plan:
-    """Predict the memory and the time of `spec` on this machine. Raises ModelError where the model is not known."""
-    from nbtune.models import available_memory, compute_dtype, default_device, describe
+    """Predict the memory and the time of `spec` on this machine, and choose what fits.
 
-    info = describe(spec.model)
+    Raises ModelError where the model is not known, AdapterError where the method does not fit it.
+    """
+    from nbtune.models import compute_dtype, default_device
+    from nbtune.plan.model import weigh
+
     device = default_device()
-    compute = compute_dtype(spec.model.dtype, device)
-    trained = _trained_parameters(spec, info)
-    full = spec.method == "full"
-    weight_bytes = 4 if full and spec.model.dtype == "auto" else compute.itemsize
-
+    dtype = compute_dtype(spec.model.dtype, device)
+    held, available = _memory(device)
+    weights = weigh(spec, device)
+    layout, fitting = None, None
+    for layout in _layouts(spec, device, weights):
+        parts = _parts(layout, weights, device, held)
+        if sum(parts.values()) <= ROOM * available:
+            fitting = layout
+            break
+    assert layout is not None
+    chosen = fitting or layout  # the last is the smallest
     training = spec.training
-    tokens = training.per_device_train_batch_size * (training.max_length + spec.virtual_tokens)
-    parts = {
-        "base weights": info.weight_bytes(weight_bytes, spec.model.quantised_bytes),
-        "adapter": 0 if full else trained * 4,
-        "gradients": trained * 4,
-        "optimiser": trained * 8,  # AdamW: two fp32 averages
-        "activations": _activation_bytes(spec, info, tokens, compute),
-        "loss": _loss_bytes(info, tokens, compute, full),
-    }
-    if device.type == "cpu":
-        parts["overhead"] = LIBRARIES_BYTES + int(HEAP_SHARE * parts["activations"])
-    else:
-        parts["overhead"] = int(CUDA_SHARE * sum(parts.values()))
-
-    tokens_per_step = tokens * training.gradient_accumulation_steps
     seconds = None
     if training.max_steps > 0:
-        # Forward 2 FLOPs a parameter and token, backward to the inputs 2, to the weights 2 where they are trained.
-        flops = training.max_steps * tokens_per_step * info.parameters * (6 if full else 4)
-        seconds = flops / (EFFICIENCY * matrix_rate(device, compute))
-    return Plan(parts, tokens_per_step, seconds, available_memory(device))
+        flops = training.max_steps * chosen.accumulation * chosen.step.flops(chosen.checkpointed)
+        seconds = flops / (EFFICIENCY * matrix_rate(device, dtype))
+    row = training.max_length + spec.virtual_tokens
+    return Plan(
+        parts=_parts(chosen, weights, device, held),
+        tokens_per_step=chosen.rows * chosen.accumulation * row,
+        seconds=seconds,
+        available_bytes=available,
+        micro_batch_size=chosen.rows,
+        accumulation=chosen.accumulation,
+        checkpointed_layers=chosen.checkpointed,
+        layers=chosen.step.blocks,
+        packing_length=chosen.rows * row if training.packing else row,
+        trained_parameters=weights.trained,
+        traced=chosen.step.traced,
+        chosen=_chosen(spec, chosen, fits=fitting is not None),
+    )
 
 
-def _trained_parameters(spec: RunSpec, info: ModelInfo) -> int:
-    if spec.method == "full":
-        return info.parameters
-    from nbtune.models import attach_adapter, skeleton
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """One way to do a step."""
 
-    adapted = attach_adapter(skeleton(spec.model), spec)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    rows: int  # of a micro-batch
+    accumulation: int
+    checkpointed: int
+    step: Step
 
-
-def _activation_bytes(spec: RunSpec, info: ModelInfo, tokens: int, dtype: torch.dtype) -> int:
-    """What the forward pass keeps for the backward pass.
-
-    Per token and block: the output of every projection but the two that end on the residual stream, the activation and
-    its product, the inputs of the adapters, and two fp32 copies of the hidden state for the norms. With gradient
-    checkpointing only the input of each block is kept, and one block at a time is recomputed.
-    """
-    blocks = max(info.layers, 1)
-    in_blocks = [module for module in info.modules if module.layer is not None]
-    projected = sum(module.out_features for module in in_blocks) / blocks
-    widest = max((module.out_features for module in in_blocks), default=info.hidden_size)
-    kept = dtype.itemsize * (projected + 2 * info.hidden_size + 2 * widest) + 8 * info.hidden_size  # bytes a token
-    if spec.training.gradient_checkpointing:
-        return int(tokens * (blocks * dtype.itemsize * info.hidden_size + 2 * kept))
-    return int(tokens * blocks * kept)
+    def peak(self) -> Peak:
+        return self.step.peak(self.checkpointed, accumulates=self.accumulation > 1)
 
 
-def _loss_bytes(info: ModelInfo, tokens: int, dtype: torch.dtype, full: bool) -> int:
-    """The chunk of logits (as matrix product, in fp32, and as gradient) and the gradient of the hidden states."""
-    from nbtune.kernels.linear_cross_entropy import CHUNK_BYTES
+def _layouts(spec: RunSpec, device: torch.device, weights: Weights) -> Iterator[_Layout]:
+    """All ways to do a step, from the one that the spec asks for to the one that takes the least memory."""
+    training, setting = spec.training, spec.training.gradient_checkpointing
+    rows = training.per_device_train_batch_size
+    smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
+    enough = BUSY_TOKENS[device.type]
+    free = [size for size in smaller if size == rows or size * training.max_length >= enough]
 
-    chunk = min(CHUNK_BYTES, 4 * tokens * info.vocabulary)
-    head_gradient = 2 * 4 * info.vocabulary * info.hidden_size if full else 0
-    return int(chunk * (1 + 2 * dtype.itemsize / 4)) + 2 * tokens * info.hidden_size * dtype.itemsize + head_gradient
+    def layouts(size: int, *, recomputed: bool) -> Iterator[_Layout]:
+        step = _step(spec, device, weights, size, recomputed=recomputed)
+        accumulation = training.gradient_accumulation_steps * (rows // size)
+        if setting is True:
+            counts = range(step.blocks, step.blocks + 1)
+        else:  # computing the last block again saves nothing: its activations are needed at once
+            counts = range(1, step.blocks) if recomputed else range(1)
+        return (_Layout(size, accumulation, count, step) for count in counts)
+
+    if setting != "auto":
+        for size in smaller:
+            yield from layouts(size, recomputed=bool(setting))
+        return
+    for size in free:
+        yield from layouts(size, recomputed=False)
+    for size in smaller[len(free) - 1 :]:
+        yield from layouts(size, recomputed=True)
+
+
+def _step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, recomputed: bool) -> Step:
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    from nbtune.models import compute_dtype, describe
+    from nbtune.plan.estimate import estimated_step
+    from nbtune.plan.model import step
+
+    try:
+        return step(spec, device, weights, rows, recomputed=recomputed)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        tokens = rows * (spec.training.max_length + spec.virtual_tokens)
+        itemsize = compute_dtype(spec.model.dtype, device).itemsize
+        return estimated_step(describe(spec.model), weights, tokens, itemsize)
+
+
+def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -> dict[str, int]:
+    """Bytes by part at the moment of the peak."""
+    peak = layout.peak()
+    parts = {
+        "base weights": weights.base,
+        "adapter": weights.adapter,
+        "gradients": peak.gradients,
+        "optimiser": weights.optimiser,
+        "activations": peak.activations + weights.dequantised,
+        "loss": peak.loss,
+    }
+    if device.type == "cpu":
+        holes = int(HEAP_SHARE * (parts["activations"] + parts["loss"]))
+        parts["overhead"] = max(LIBRARIES_BYTES, held) + holes
+    else:
+        parts["overhead"] = int(CUDA_SHARE * sum(parts.values()))
+    return parts
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process holds on `device`, and those that it may hold in all."""
+    import psutil
+    import torch
+
+    from nbtune.models import available_memory
+
+    held = torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return held, held + available_memory(device)
+
+
+def _chosen(spec: RunSpec, layout: _Layout, *, fits: bool) -> str:
+    """What the plan changed, in words."""
+    training, changed = spec.training, []
+    if layout.rows != training.per_device_train_batch_size:
+        changed.append(f"micro-batches of {layout.rows} x {layout.accumulation}")
+    if layout.checkpointed and training.gradient_checkpointing == "auto":
+        changed.append(f"{layout.checkpointed} of {layout.step.blocks} layers computed again")
+    if not changed:
+        return ""
+    return " and ".join(changed) + (" to fit" if fits else ", which is not enough to fit")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

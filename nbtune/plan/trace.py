@@ -124,8 +124,9 @@ def _loss(model: PreTrainedModel, row: dict[str, Any], labels: Tensor) -> Tensor
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias)
-    return head_cross_entropy(head, hidden, labels, vocabulary=model.config.get_text_config().vocab_size)
+        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
+    vocabulary = model.config.get_text_config().vocab_size
+    return head_cross_entropy(head, hidden, labels, vocabulary=vocabulary).loss
 
 
 @contextmanager
@@ -197,6 +198,8 @@ class _Follower(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.nonzero.default and args[0].ndim == 1:  # the labelled rows: all
             output = args[0].new_empty(len(args[0]), 1, dtype=torch.long)
+        elif func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True  # whether the gradient of the loss is 1
         else:
             output = func(*args, **kwargs)
         if (count := flop_registry.get(func._overloadpacket)) is not None:

@@ -1,0 +1,142 @@
+"""What a run's model weighs and what its step allocates, from the model without its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nbtune.fused import fused
+from nbtune.models import attach_adapter, compute_dtype, skeleton
+from nbtune.models.training import prepare_for_training, trained_model
+from nbtune.modules.checkpointing import blocks_of, checkpoint_blocks
+from nbtune.peft.optimizers import create_lorafa_optimizer
+from nbtune.plan.memory import TRACED, Step
+from nbtune.plan.trace import Trace, trace_step
+from nbtune.spec import RunSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What stays in memory for the whole run, in bytes; and the gradients."""
+
+    base: int
+    adapter: int
+    optimiser: int
+    trained: int  # parameters, not bytes
+    block_gradients: tuple[int, ...]
+    other_gradients: int  # of what is trained outside the blocks
+    dequantised: int  # the largest quantised weight as floats, as it is while it is used
+
+
+def weigh(spec: RunSpec, device: torch.device) -> Weights:
+    """Raises ModelError where the model is not known, AdapterError where the method does not fit it."""
+    model = _base(spec, device)
+    base = _bytes(_tensors(model))
+    linears = [module.weight for block in blocks_of(model) for module in block.modules() if isinstance(module, nn.Linear)]
+    _adapt(model, spec)
+    gradients = tuple(_trained_bytes(block) for block in blocks_of(model))
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    weights = Weights(
+        base=base,
+        adapter=_bytes(_tensors(model)) - base,
+        optimiser=spec.training.optimizer_bytes(sizes, device.type),
+        trained=sum(sizes),
+        block_gradients=gradients,
+        other_gradients=_trained_bytes(model) - sum(gradients),
+        dequantised=0,
+    )
+    return weights if spec.model.quantised_bytes is None else _quantised(weights, linears, spec.model.quantised_bytes)
+
+
+def step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, recomputed: bool) -> Step:
+    """What a micro-batch of `rows` full rows allocates; with `recomputed` also where blocks are computed again.
+
+    Raises what `trace_step` raises.
+    """
+    shape = rows * spec.training.max_length, spec.training.max_length
+    method = json.dumps(spec.to_dict()["method"], sort_keys=True, default=str)
+    key = spec.model.model_dump_json(), method, spec.training.optim, str(device), *shape
+    kept = _trace(*key, recomputed=False)
+    again = _trace(*key, recomputed=True) if recomputed else None
+    offloaded = spec.training.activation_offloading and device.type == "cuda"
+    return Step(kept, again, weights.block_gradients, weights.other_gradients, offloaded)
+
+
+@functools.lru_cache(maxsize=64)  # a form plans again whenever a setting changes
+def _trace(
+    model_settings: str, method: str, optim: str, device_name: str, tokens: int, segment: int, *, recomputed: bool
+) -> Trace:
+    """One step of the whole model, or of three of its blocks where all are alike."""
+    device = torch.device(device_name)
+    spec = RunSpec.from_dict(
+        {"model": json.loads(model_settings), "method": json.loads(method), "training": {"optim": optim}}
+    )
+    model = _base(spec, device)
+    checkpoint_blocks(model, len(blocks_of(model)) if recomputed else 0)
+    _adapt(model, spec)
+    _shorten(model)
+    model.train()
+    with fused(model):
+        return trace_step(model, tokens, segment, compute_dtype=compute_dtype(spec.model.dtype, device), device=device)
+
+
+def _base(spec: RunSpec, device: torch.device) -> PreTrainedModel:
+    """The model as it is loaded, but for quantised weights, which are floats when they are used."""
+    settings = trained_model(spec)
+    model = skeleton(settings).to(compute_dtype(settings.dtype, device))
+    prepare_for_training(model)
+    return model
+
+
+def _adapt(model: PreTrainedModel, spec: RunSpec) -> None:
+    if spec.method == "full":
+        return
+    adapted = attach_adapter(model, spec)
+    if spec.training.optim == "lorafa":  # which freezes what it does not train
+        create_lorafa_optimizer(adapted, r=1, lora_alpha=1, lr=1.0)
+
+
+def _shorten(model: PreTrainedModel) -> None:
+    """Leave three blocks where all are built alike."""
+    blocks = blocks_of(model)
+    stacks = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    for stack in stacks:
+        if list(stack) == blocks and len({_build(block) for block in blocks}) == 1:
+            del stack[TRACED:]
+
+
+def _build(block: nn.Module) -> tuple[Any, ...]:
+    """What decides on the memory of a block: its modules and the shapes of what they hold."""
+    modules = tuple((path, type(module)) for path, module in block.named_modules())
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    return modules, parameters, tuple((name, buffer.shape) for name, buffer in block.named_buffers())
+
+
+def _quantised(weights: Weights, linears: list[Tensor], each: float) -> Weights:
+    """The weights with these as codes and scales of `each` byte an element."""
+    saved = _bytes(linears) - int(each * sum(weight.numel() for weight in linears))
+    return dataclasses.replace(
+        weights, base=weights.base - saved, dequantised=max(weight.numel() * weight.element_size() for weight in linears)
+    )
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _trained_bytes(module: nn.Module) -> int:
+    return _bytes(parameter for parameter in module.parameters() if parameter.requires_grad)
