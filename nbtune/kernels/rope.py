@@ -61,7 +61,8 @@ def rotate(
     width = cos.shape[-1]
     if out is not x and width < x.shape[-1]:
         out[..., width:].copy_(x[..., width:])
-    x_turned, out_turned = x[..., :width], out[..., :width]
+    x_turned = x[..., :width]
+    out_turned = x_turned if out is x else out[..., :width]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if layout == "half":
         _turn_halves(x_turned, cos, sin, inverse, out_turned)
@@ -83,7 +84,7 @@ def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor
     sign = -1.0
     if inverse:
         sin_first, sin_second, sign = sin_second, sin_first, 1.0
-    if out.data_ptr() == x.data_ptr():  # in place, both halves are still needed after the first is written
+    if out is x:  # in place, both halves are still needed after the first is written
         first, second = first.clone(), second.clone()
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(second, sin_first, value=sign)
