@@ -17,20 +17,36 @@ from nbtune.kernels.attention import packed_attention
 from nbtune.kernels.lora_linear import lora_linears
 from nbtune.kernels.rope import LAYOUTS, Layout, rope
 from nbtune.modules.base import LINEARS
+from nbtune.modules.structure import projects_to
 from nbtune.peft.layer import AdapterLayer
 
 RECORDED = "nbtune_recorded"  # the value of `attn_implementation` while calls are recorded
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
+_ROLES = ("query", "key", "value")
 _CONSTANTS = ("scaling", "sliding_window", "softcap", "s_aux")
 
 
 class Call(NamedTuple):
-    """What an attention module handed to the attention function, beside queries, keys and values."""
+    """What an attention module handed to the attention function."""
 
+    heads: int
+    kv_heads: int
     head_dim: int
     dropout: float
     constants: dict[str, Any]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of queries, keys and values."""
+        return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
+
+class Names(NamedTuple):
+    """The children of an attention module by what they are for."""
+
+    projections: tuple[str, ...]  # to queries, keys and values, or to all of them in one
+    output: str
+    query_norm: str | None
+    key_norm: str | None
 
 
 _calls: WeakKeyDictionary[nn.Module, Call] = WeakKeyDictionary()
@@ -46,10 +62,10 @@ def recorded(module: nn.Module) -> Call | None:
     return _calls.get(module)
 
 
-def _record(module: nn.Module, query: Tensor, *args: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
+def _record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
     constants = {name: kwargs[name] for name in _CONSTANTS if name in kwargs}
-    _calls[module] = Call(query.shape[-1], dropout, constants)
-    return packed_attention(module, query, *args, dropout=dropout, **kwargs)
+    _calls[module] = Call(query.shape[1], key.shape[1], query.shape[-1], dropout, constants)
+    return packed_attention(module, query, key, *args, dropout=dropout, **kwargs)
 
 
 class FusedAttention:
@@ -57,10 +73,9 @@ class FusedAttention:
 
     kind = "attention"
 
-    def __init__(self, module: nn.Module, call: Call, layout: Layout | None) -> None:
+    def __init__(self, module: nn.Module, call: Call, names: Names, layout: Layout | None) -> None:
         self.module, self.original = module, module.forward
-        self.call = call
-        self.layout = layout
+        self.call, self.names, self.layout = call, names, layout
 
     def __call__(
         self,
@@ -70,24 +85,26 @@ class FusedAttention:
         **kwargs: Any,
     ) -> Any:
         modules: Any = self.module._modules
-        q, k, v, o = (described(modules[name]) for name in PROJECTIONS)
-        if q is None or k is None or v is None or o is None or kwargs.get("past_key_values") is not None:
+        projections = [described(modules[name]) for name in self.names.projections]
+        output = described(modules[self.names.output])
+        if None in projections or output is None or kwargs.get("past_key_values") is not None:
             return self.original(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
         x = in_compute_dtype(hidden_states)
-        query, key, value = lora_linears(x, [q, k, v])  # [B, T, heads * head_dim]
-        query, key = self._heads(query, "q_norm"), self._heads(key, "k_norm")
+        projected = lora_linears(x, projections)  # pyright: ignore[reportArgumentType] - [B, T, heads * head_dim]
+        query, key, value = projected if len(projected) == 3 else projected[0].split(self.call.sizes, dim=-1)
+        query, key = self._heads(query, self.names.query_norm), self._heads(key, self.names.key_norm)
         if self.layout is not None:
             assert position_embeddings is not None
             query, key = rope(query, key, *position_embeddings, layout=self.layout)
         constants = {**kwargs, **self.call.constants}
-        y, _ = packed_attention(self.module, query, key, self._heads(value), attention_mask, **constants)
-        return lora_linears(y.reshape(*x.shape[:-1], -1), [o])[0], None
+        y, _ = packed_attention(self.module, query, key, self._heads(value, None), attention_mask, **constants)
+        return lora_linears(y.reshape(*x.shape[:-1], -1), [output])[0], None
 
-    def _heads(self, projected: Tensor, norm: str | None = None) -> Tensor:
+    def _heads(self, projected: Tensor, norm: str | None) -> Tensor:
         """[B, T, heads * head_dim] as [B, heads, T, head_dim], normalised before, or within each head."""
-        module: Any = self.module._modules.get(norm) if norm else None
+        module: Any = self.module._modules[norm] if norm else None
         if module is not None and module.weight.shape[-1] == projected.shape[-1]:
             projected, module = module(projected), None
         heads = projected.view(*projected.shape[:-1], -1, self.call.head_dim)
@@ -97,12 +114,27 @@ class FusedAttention:
 def fused_attentions(module: nn.Module) -> list[FusedAttention]:
     """How the module may be computed, if it is built like attention and a call of it was recorded."""
     call = recorded(module)
-    children = dict(module.named_children())
-    linears = {name for name, child in children.items() if _is_linear(child)}
-    others = {name for name in children if name not in linears and any(True for _ in children[name].parameters())}
-    if call is None or call.dropout or linears != set(PROJECTIONS) or not others <= set(NORMS):
+    names = None if call is None or call.dropout else _names(module)
+    if call is None or names is None:
         return []
-    return [FusedAttention(module, call, layout) for layout in (*LAYOUTS, None)]  # None: no rotary embedding
+    return [FusedAttention(module, call, names, layout) for layout in (*LAYOUTS, None)]  # None: not rotary
+
+
+def _names(module: nn.Module) -> Names | None:
+    """None where the module has more, or other, parts than these."""
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    linears = [name for name in children if _is_linear(children[name])]
+    norms = [name for name in children if name not in linears]
+    packed = [name for name in linears if all(projects_to(name, role) for role in _ROLES)]
+    by_role = [[name for name in linears if projects_to(name, role)] for role in _ROLES]
+    projections = tuple(packed) if packed else tuple(name for names in by_role for name in names)
+    outputs = [name for name in linears if name not in projections]
+    query_norms, key_norms = ([name for name in norms if projects_to(name, role)] for role in ("query", "key"))
+    if len(projections) != (1 if packed else 3) or len(outputs) != 1 or len(norms) not in (0, 2):
+        return None
+    if norms and (len(query_norms) != 1 or len(key_norms) != 1 or query_norms == key_norms):
+        return None
+    return Names(projections, outputs[0], *(query_norms or [None]), *(key_norms or [None]))
 
 
 def _is_linear(module: nn.Module) -> bool:

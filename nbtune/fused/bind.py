@@ -49,7 +49,9 @@ def fused(model: PreTrainedModel) -> Iterator[Fused]:
     refused: dict[str, float] = {}
     try:
         for path, module, candidates, seen in _candidates(model):
-            block, error = (candidates[0], 0.0) if seen.output.is_meta or len(candidates) == 1 else _best(candidates, seen)
+            block, error = (
+                (candidates[0], 0.0) if seen.output.is_meta or len(candidates) == 1 else _best(candidates, seen)
+            )
             if error > _tolerance(module, seen.output):
                 refused[path] = error
                 continue

@@ -59,7 +59,7 @@ def _updates(adapter: Adapter) -> list[Update] | None:
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
-    """x as autocast, which does not reach into an autograd function, would cast it."""
+    """X as autocast, which does not reach into an autograd function, would cast it."""
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

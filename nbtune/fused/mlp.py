@@ -20,32 +20,35 @@ class FusedMlp:
 
     kind = "mlp"
 
-    def __init__(self, module: nn.Module, gate: str, up: str, down: str, activation: str) -> None:
+    def __init__(self, module: nn.Module, first: tuple[str, ...], down: str, activation: str) -> None:
         self.module, self.original = module, module.forward
-        self.names = (gate, up, down)
+        self.first, self.down = first, down  # the names of gate and up, or of both in one; and of down
         self.activation = activation
 
     def __call__(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-        modules = self.module._modules
-        layers = [described(modules[name]) for name in self.names]  # pyright: ignore[reportArgumentType]
-        if any(layer is None for layer in layers) or args or kwargs:
+        modules: Any = self.module._modules
+        first = [described(modules[name]) for name in self.first]
+        down = described(modules[self.down])
+        if None in first or down is None or args or kwargs:
             return self.original(x, *args, **kwargs)
-        gate, up, down = layers
-        return lora_mlp(in_compute_dtype(x), gate, up, down, self.activation)  # pyright: ignore[reportArgumentType]
+        return lora_mlp(in_compute_dtype(x), first, down, self.activation)  # pyright: ignore[reportArgumentType]
 
 
 def fused_mlps(module: nn.Module) -> list[FusedMlp]:
     """How the module may be computed, if it is built like a gated MLP: with either of two layers as the gate."""
-    linears = {name: sizes for name, child in module.named_children() if (sizes := _sizes(child)) is not None}
-    others = [child for name, child in module.named_children() if name not in linears and not _idle(child)]
+    sizes = {name: size for name, child in module.named_children() if (size := _sizes(child)) is not None}
+    others = [child for name, child in module.named_children() if name not in sizes and not _idle(child)]
     functions = [activation_of(child) for child in others]
-    if len(linears) != 3 or len(functions) != 1 or functions[0] is None:
+    if len(functions) != 1 or functions[0] is None:
         return []
-    return [
-        FusedMlp(module, gate, up, down, functions[0])
-        for gate, up, down in itertools.permutations(linears)
-        if linears[gate] == linears[up] == linears[down][::-1]
-    ]
+    orders = itertools.permutations(sizes)
+    if len(sizes) == 3:
+        found = [o for o in orders if sizes[o[0]] == sizes[o[1]] == sizes[o[2]][::-1]]
+    elif len(sizes) == 2:
+        found = [o for o in orders if sizes[o[0]] == (2 * sizes[o[1]][1], sizes[o[1]][0])]
+    else:
+        found = []
+    return [FusedMlp(module, order[:-1], order[-1], functions[0]) for order in found]
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ made again. The idea of one function for base and update is Unsloth's (github.co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ class Update(NamedTuple):
 class LoraLinear(NamedTuple):
     """A linear layer with any number of updates, as tensors."""
 
-    weight: Callable[[torch.dtype], Tensor]  # gives [out, in] in a precision: the base weight, or what it dequantises to
+    weight: Callable[
+        [torch.dtype], Tensor
+    ]  # gives [out, in] in a precision: the base weight, or what it dequantises to
     bias: Tensor | None  # [out]
     updates: tuple[Update, ...]
     trained: Tensor | None = None  # the base weight itself, where it is trained
@@ -182,7 +184,7 @@ def _new_seed() -> int:
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with a share p of its entries zero and the rest scaled up; the same entries for the same seed."""
+    """X with a share p of its entries zero and the rest scaled up; the same entries for the same seed."""
     if not p:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -60,7 +60,7 @@ def norms(model: nn.Module, modules: Modules) -> list[str]:
 def values(model: nn.Module, modules: Modules) -> list[str]:
     """The projections to the values of attention, alone or fused with others; all projections where none is known."""
     found = projections(model, modules)
-    return [path for path in found if _projects_to(path, "value")] or found
+    return [path for path in found if projects_to(path, "value")] or found
 
 
 def keys_and_values(model: nn.Module, modules: Modules) -> list[str]:
@@ -177,10 +177,10 @@ def refuse_uncalled(modules: Modules, paths: Iterable[str]) -> None:
 
 
 def _is_key_or_value(path: str) -> bool:
-    return _projects_to(path, "key") or _projects_to(path, "value")
+    return projects_to(path, "key") or projects_to(path, "value")
 
 
-def _projects_to(path: str, role: str) -> bool:
+def projects_to(path: str, role: str) -> bool:
     """Whether a layer's name has the role in it: Wk, k_proj, key, kv_b_proj, in_proj_qkvz, query_key_value, c_attn."""
     name = path.rpartition(".")[2].lower()
     letters = re.compile(rf"w?[qkvz]*{role[0]}[qkvz]*")

@@ -100,13 +100,24 @@ def test_the_mlp_equals_autograd_in_fp64(activation, kind):
     gate, up, down = mlp
     act = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
     x = torch.randn(2, T, D, dtype=torch.float64, requires_grad=True)
-    ours = lora_mlp(x, *(layer.described() for layer in mlp), activation)
+    ours = lora_mlp(x, [gate.described(), up.described()], down.described(), activation)
     theirs = down(act(gate(x)) * up(x))
     weight = torch.randn_like(theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
-    for a, b in zip(
-        gradients((weight * ours).sum(), mlp, x), gradients((weight * theirs).sum(), mlp, x), strict=True
-    ):
+    for a, b in zip(gradients((weight * ours).sum(), mlp, x), gradients((weight * theirs).sum(), mlp, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_gate_and_up_in_one_layer():
+    torch.manual_seed(0)
+    gate_up, down = Reference(D, 2 * I, [3], bias=True), Reference(I, D, [3])
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    ours = lora_mlp(x, [gate_up.described()], down.described(), "silu")
+    gate, up = gate_up(x).chunk(2, dim=-1)
+    theirs = down(F.silu(gate) * up)
+    torch.testing.assert_close(ours, theirs)
+    both = nn.ModuleList([gate_up, down])
+    for a, b in zip(gradients(ours.square().sum(), both, x), gradients(theirs.square().sum(), both, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -114,7 +125,7 @@ def test_a_second_backward_through_an_mlp_raises():
     torch.manual_seed(0)
     mlp = [Reference(a, b, [3]).described() for a, b in ((D, I), (D, I), (I, D))]
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
-    loss = lora_mlp(x, *mlp, "silu").sum()
+    loss = lora_mlp(x, mlp[:2], mlp[2], "silu").sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -139,7 +150,7 @@ def test_dropout_is_the_same_in_the_backward_pass(block):
         torch.manual_seed(7)
         described = [layer.described(dropout=0.4) for layer in layers]
         if block == "mlp":
-            return (weight * lora_mlp(x, *described, "silu")).sum()
+            return (weight * lora_mlp(x, described[:2], described[2], "silu")).sum()
         return sum((weight @ torch.ones(D, 1, dtype=x.dtype) * y).sum() for y in lora_linears(x, described[:2]))
 
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
@@ -190,8 +201,9 @@ def test_saves_its_input_and_the_inner_products():
 def test_the_mlp_saves_only_its_input_and_what_gate_and_up_give():
     torch.manual_seed(0)
     mlp = [Reference(a, b, [3], dtype=torch.bfloat16) for a, b in ((D, I), (D, I), (I, D))]
+    described = [layer.described() for layer in mlp]
     x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
-    saved, _ = saved_bytes(lambda: lora_mlp(x, *(layer.described() for layer in mlp), "silu"))
+    saved, _ = saved_bytes(lambda: lora_mlp(x, described[:2], described[2], "silu"))
     assert saved == 2 * T * D + 2 * 2 * T * I + 2 * T * 9
 
 
