@@ -1,7 +1,7 @@
 """The gated activation of an MLP, h = act(g) u, and its gradients in the buffers that are there already.
 
-What is saved is g and u: act(g) and h are made again in the backward pass. Most activations are x sigmoid(k(x)) for
-some k: silu (k = x), quick_gelu (k = 1.702 x), and gelu's tanh form, whose 0.5 (1 + tanh z) is sigmoid(2 z); on a CPU
+What is saved is g and u: act(g) and h are made again in the backward pass. Some activations are computed as
+x sigmoid(k(x)): quick_gelu (k = 1.702 x), and gelu's tanh form, whose 0.5 (1 + tanh z) is sigmoid(2 z); on a CPU
 torch's sigmoid is six times as fast as its tanh. Then, with p = sigmoid(k(g)) and s = act(g) = g p,
 
 h = s u        dL/du = s dL/dh        dL/dg = (p + (s - s p) k'(g)) u dL/dh
@@ -27,11 +27,10 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }  # transformers' names, and what they compute
 
-# k(x) = slope (x + cubic x^3)
+# x sigmoid(slope (x + cubic x^3)), where torch's own form is slower or there is none
 _SIGMOID: Mapping[str, tuple[float, float]] = {
-    "silu": (1.0, 0.0),
-    "quick_gelu": (1.702, 0.0),
     "gelu_pytorch_tanh": (2 * math.sqrt(2 / math.pi), 0.044715),
+    "quick_gelu": (1.702, 0.0),
 }
 
 
@@ -44,7 +43,7 @@ def gated(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> T
     """The same without autograd, in new memory or in `out`, which may be g but not u."""
     out = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     for gate, values, h in _blocks(g, u, out):
-        if activation == "gelu_pytorch_tanh":
+        if activation in _SIGMOID:
             x = gate.to(compute_dtype(g.dtype))
             h.copy_(_sigmoid(x, activation, out=torch.empty_like(x)).mul_(x).mul_(values))
         else:
@@ -54,29 +53,35 @@ def gated(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> T
 
 def gated_backward_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
     """Write h over dh = dL/dh, dL/dg over g and dL/du over u. All are [..., F], of one dtype and viewable as rows."""
-    precision = compute_dtype(g.dtype)
-    scratch = None
+    backward = _backward_sigmoid_ if activation in _SIGMOID else _backward_native_
     for dh_block, g_block, u_block in _blocks(dh, g, u):
-        if scratch is None:
-            scratch = g_block.new_empty((3 if g.dtype is precision else 6, *g_block.shape), dtype=precision)
-        sigmoid, active, slope, *wide = scratch[:, : len(g_block)]
-        x, grad, values = (
-            [copy.copy_(block) for copy, block in zip(wide, (g_block, dh_block, u_block), strict=True)]
-            if wide
-            else (g_block, dh_block, u_block)
-        )
-        if activation in _SIGMOID:
-            _sigmoid(x, activation, out=sigmoid)
-            torch.mul(x, sigmoid, out=active)
-            torch.addcmul(active, active, sigmoid, value=-1, out=slope)
-            _times_inner_slope_(slope, x, activation).add_(sigmoid).mul_(grad).mul_(values)
-        else:
-            active.copy_(ACTIVATIONS[activation](x))
-            slope.copy_(_native_backward(grad * values, x, activation))
-        h = torch.mul(active, values, out=sigmoid)
-        u_block.copy_(torch.mul(active, grad, out=values))
-        g_block.copy_(slope)
-        dh_block.copy_(h)
+        backward(dh_block, g_block, u_block, activation)
+
+
+def _backward_native_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
+    active = ACTIVATIONS[activation](g)
+    product = dh * u
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(product, g, grad_input=g)
+    elif activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(product, g, grad_input=g)
+    else:
+        torch.ops.aten.threshold_backward.grad_input(product, g, 0, grad_input=g)
+    h = torch.mul(active, u, out=product)
+    torch.mul(dh, active, out=u)
+    dh.copy_(h)
+
+
+def _backward_sigmoid_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
+    grad, x, values = (tensor.to(compute_dtype(g.dtype)) for tensor in (dh, g, u))  # fp32: the tensors themselves
+    sigmoid = _sigmoid(x, activation, out=torch.empty_like(x))
+    active = x * sigmoid
+    slope = torch.addcmul(active, active, sigmoid, value=-1)
+    slope = _times_inner_slope_(slope, x, activation).add_(sigmoid).mul_(grad).mul_(values)
+    h = torch.mul(active, values, out=sigmoid)
+    u.copy_(torch.mul(active, grad, out=values))
+    g.copy_(slope)
+    dh.copy_(h)
 
 
 def _blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
@@ -88,23 +93,17 @@ def _blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
 def _sigmoid(x: Tensor, activation: str, out: Tensor) -> Tensor:
     """The sigmoid of k(x), into `out`."""
     slope, cubic = _SIGMOID[activation]
-    if cubic:
-        return torch.mul(x, x, out=out).mul_(slope * cubic).add_(slope).mul_(x).sigmoid_()
-    return torch.mul(x, slope, out=out).sigmoid_() if slope != 1.0 else torch.sigmoid(x, out=out)
+    if cubic == 0.0:
+        return torch.mul(x, slope, out=out).sigmoid_()
+    return torch.mul(x, x, out=out).mul_(slope * cubic).add_(slope).mul_(x).sigmoid_()
 
 
 def _times_inner_slope_(y: Tensor, x: Tensor, activation: str) -> Tensor:
     """Multiply y with k'(x); x is overwritten."""
     slope, cubic = _SIGMOID[activation]
-    if cubic:
-        return y.mul_(x.mul_(x).mul_(3 * slope * cubic).add_(slope))
-    return y if slope == 1.0 else y.mul_(slope)
-
-
-def _native_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, x)
-    return torch.ops.aten.threshold_backward(grad, x, 0)
+    if cubic == 0.0:
+        return y.mul_(slope)
+    return y.mul_(x.mul_(x).mul_(3 * slope * cubic).add_(slope))
 
 
 class _GatedActivation(torch.autograd.Function):
