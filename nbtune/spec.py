@@ -210,6 +210,15 @@ class TrainingSpec(_Part):
         sweepable=True,
     )
     weight_decay: float = _field(0.0, help="AdamW weight decay.", ge=0, lt=1, advanced=True, sweepable=True)
+    label_smoothing_factor: float = _field(
+        0.0,
+        help="Share of each target given to all words alike; only in training: the held-out loss stays the plain one.",
+        label="Label smoothing",
+        ge=0,
+        lt=1,
+        advanced=True,
+        sweepable=True,
+    )
     max_grad_norm: float = _field(1.0, help="Clip the gradient's norm to this; 0 does not clip.", ge=0, advanced=True)
     adam_beta1: float = _field(0.9, help="AdamW: decay of the gradient average.", ge=0, lt=1, advanced=True)
     adam_beta2: float = _field(0.999, help="AdamW: decay of the squared-gradient average.", ge=0, lt=1, advanced=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import ModelError
-from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
+from nbtune.kernels.linear_cross_entropy import LossOutput, head_cross_entropy, linear_cross_entropy
 from nbtune.peft.prompt import packed
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
@@ -22,11 +22,14 @@ class CausalLMLoss(nn.Module):
     """The next-token loss of a causal language model on packed rows.
 
     A module, so that an engine for several processes can wrap it: its forward pass is the whole of what training needs.
+    `label_smoothing` holds while it is in training mode: the loss of held-out rows is the plain one, so that runs with
+    and without it can be compared.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.label_smoothing = label_smoothing
         config = model.config.get_text_config().to_dict()
         self.vocabulary = config["vocab_size"]
         self.softcap = config.get(SOFTCAP)
@@ -39,9 +42,10 @@ class CausalLMLoss(nn.Module):
         position_ids: Tensor,
         cu_seq_lens: Tensor,
         max_length: int,
-        num_items: int | None = None,
-    ) -> Tensor:
-        """The loss, summed over the labelled tokens and divided by `num_items` (None: by their number).
+        num_items: int | Tensor | None = None,
+    ) -> LossOutput:
+        """The loss, summed over the labelled tokens and divided by `num_items` (None: by their number), and their
+        accuracy and entropy, summed.
 
         Args:
             input_ids: Tokens of a flat row [1, T].
@@ -57,7 +61,12 @@ class CausalLMLoss(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.model.get_output_embeddings()
         assert head is not None
-        options: dict[str, Any] = {"num_items": num_items, "softcap": self.softcap, "scale": self.scale}
+        options: dict[str, Any] = {
+            "num_items": num_items,
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "label_smoothing": self.label_smoothing if self.training else 0.0,
+        }
         if type(head) is nn.Linear:
             return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, **options)
         return head_cross_entropy(head, hidden, labels, vocabulary=self.vocabulary, **options)

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRICS = {
-    "train": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "epoch"),
-    "eval": ("eval_loss",),
+    "train": (
+        *("loss", "mean_token_accuracy", "entropy", "learning_rate", "grad_norm"),
+        *("tokens_per_second", "memory_bytes", "epoch"),
+    ),
+    "eval": ("eval_loss", "eval_mean_token_accuracy"),
 }
 ARTIFACTS = ("spec.yaml", "summary.json", "log.txt", "adapter")
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
