@@ -75,7 +75,8 @@ class FusedAttention:
 
     def __init__(self, module: nn.Module, call: Call, names: Names, layout: Layout | None) -> None:
         self.module, self.original = module, module.forward
-        self.call, self.names, self.layout = call, names, layout
+        self.call, self.names = call, names
+        self.layout: Layout | None = layout
 
     def __call__(
         self,
@@ -117,7 +118,8 @@ def fused_attentions(module: nn.Module) -> list[FusedAttention]:
     names = None if call is None or call.dropout else _names(module)
     if call is None or names is None:
         return []
-    return [FusedAttention(module, call, names, layout) for layout in (*LAYOUTS, None)]  # None: not rotary
+    layouts: list[Layout | None] = [*LAYOUTS, None]  # None: not rotary
+    return [FusedAttention(module, call, names, layout) for layout in layouts]
 
 
 def _names(module: nn.Module) -> Names | None:

@@ -4,8 +4,8 @@ What PEFT's two products and an addition cost in memory traffic is not there: ea
 layer's output, and in the gradient of x, by the matrix product itself (`addmm_`). Layers that share their input (query,
 key and value; gate and up) share the products with their A, and sum their gradients of it in one buffer.
 
-Saved for the backward pass are x and the small A x; the base weights are only referred to, and where they are quantised,
-made again. The idea of one function for base and update is Unsloth's (github.com/unslothai/unsloth).
+Saved for the backward pass are x and the small A x; the base weights are only referred to, and made again where
+they are quantised. The idea of one function for base and update is Unsloth's (github.com/unslothai/unsloth).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def lora_linears(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layers, *tensors):  # noqa: ANN001, ANN205
+    def forward(ctx, x, layers, *tensors):  # noqa: ANN001, ANN002, ANN205, ARG004 - they are in layers, too
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         layers = [layer.in_precision(x.dtype) for layer in layers]
         outputs, hidden, seeds = products(flat, layers)
@@ -73,7 +73,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):  # noqa: ANN001, ANN205 # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN205 # pyright: ignore[reportIncompatibleMethodOverride]
         flat, *hidden = ctx.saved_tensors
         grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         dx, inner = input_gradient(ctx.layers, ctx.seeds, grads, ctx.needs_input_grad[0])

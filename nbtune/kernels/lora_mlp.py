@@ -28,7 +28,7 @@ def lora_mlp(x: Tensor, first: Sequence[LoraLinear], down: LoraLinear, activatio
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, first, down, activation, *tensors):  # noqa: ANN001, ANN205
+    def forward(ctx, x, first, down, activation, *tensors):  # noqa: ANN001, ANN002, ANN205, ARG004 - they are in the layers, too
         flat = x.reshape(-1, x.shape[-1])  # [T, D]
         first, down = [layer.in_precision(x.dtype) for layer in first], down.in_precision(x.dtype)
         inner, hidden, seeds = products(flat, first)  # [T, I] twice, or [T, 2 I]
@@ -37,7 +37,7 @@ class _LoraMlp(torch.autograd.Function):
         ctx.first, ctx.down, ctx.activation, ctx.shape = first, down, activation, x.shape
         ctx.seeds, ctx.down_seeds = seeds, down_seeds
         ctx.save_for_backward(flat, *inner, *hidden, *of_down)
-        return y.view(x.shape[:-1] + (-1,))
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -57,5 +57,6 @@ class _LoraMlp(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.shape), None, None, None, *first_gradients, *down_gradients
 
 
-def _gate_and_up(inner: Sequence[Tensor]) -> Sequence[Tensor]:
-    return inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
+def _gate_and_up(inner: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    g, u = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
+    return g, u

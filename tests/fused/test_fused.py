@@ -216,6 +216,18 @@ class fused_off:
             module.__dict__["forward"] = forward
 
 
+def test_dropout_of_adapters_does_not_disturb_the_proof():
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    model, _ = adapted("Llama", config)
+    with fused(model) as blocks:
+        assert not blocks.refused
+        torch.manual_seed(0)
+        first = hidden_states(model)
+        torch.manual_seed(0)
+        assert torch.equal(hidden_states(model), first)
+        assert not torch.equal(hidden_states(model), first)
+
+
 def test_gradient_checkpointing():
     model, _ = adapted("Qwen3")
     expected = results(model)
