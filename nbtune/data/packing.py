@@ -195,3 +195,29 @@ def collate(rows: Sequence[Sequence[Example]]) -> Batch:
         cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
         max_length=max(lengths),
     )
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The first and the last examples of a batch, cut where the two differ least in tokens.
+
+    Raises ValueError for a batch of one example.
+    """
+    borders = batch.cu_seq_lens.tolist()
+    if len(borders) == 2:
+        raise ValueError("a batch of one example has no halves")
+    middle = min(range(1, len(borders) - 1), key=lambda index: abs(2 * borders[index] - batch.tokens))
+    return _segments(batch, borders[: middle + 1]), _segments(batch, borders[middle:])
+
+
+def _segments(batch: Batch, borders: list[int]) -> Batch:
+    """The neighbouring examples between these borders."""
+    import torch
+
+    tokens = slice(borders[0], borders[-1])
+    return Batch(
+        input_ids=batch.input_ids[:, tokens],
+        labels=batch.labels[:, tokens],
+        position_ids=batch.position_ids[:, tokens],
+        cu_seq_lens=torch.tensor([border - borders[0] for border in borders], dtype=torch.int32),
+        max_length=max(end - start for start, end in itertools.pairwise(borders)),
+    )

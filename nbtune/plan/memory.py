@@ -85,4 +85,3 @@ class Step:
         if self.offloaded and number < checkpointed:
             return dataclasses.replace(forward, kept=0), dataclasses.replace(backward, kept=0)
         return forward, backward
-

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable
-
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +41,9 @@ def weigh(spec: RunSpec, device: torch.device) -> Weights:
     """Raises ModelError where the model is not known, AdapterError where the method does not fit it."""
     model = _base(spec, device)
     base = _bytes(_tensors(model))
-    linears = [module.weight for block in blocks_of(model) for module in block.modules() if isinstance(module, nn.Linear)]
+    linears = [
+        module.weight for block in blocks_of(model) for module in block.modules() if isinstance(module, nn.Linear)
+    ]
     _adapt(model, spec)
     gradients = tuple(_trained_bytes(block) for block in blocks_of(model))
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -126,7 +127,9 @@ def _quantised(weights: Weights, linears: list[Tensor], each: float) -> Weights:
     """The weights with these as codes and scales of `each` byte an element."""
     saved = _bytes(linears) - int(each * sum(weight.numel() for weight in linears))
     return dataclasses.replace(
-        weights, base=weights.base - saved, dequantised=max(weight.numel() * weight.element_size() for weight in linears)
+        weights,
+        base=weights.base - saved,
+        dequantised=max(weight.numel() * weight.element_size() for weight in linears),
     )
 
 

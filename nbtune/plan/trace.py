@@ -1,8 +1,8 @@
 """What a training step allocates, seen by running it on tensors that have shapes but no memory.
 
-The forward and backward pass of the run's own model, adapter, attention and loss run on torch's fake tensors, which take
-the kernels of the real device. A dispatch mode follows each storage from the operation that makes it to the moment it
-is freed, so that temporaries and what is kept for the backward pass are counted, whatever the architecture and the
+The forward and backward pass of the run's own model, adapter, attention and loss run on torch's fake tensors, which
+take the kernels of the real device. A dispatch mode follows each storage from the operation that makes it to the moment
+it is freed, so that temporaries and what is kept for the backward pass are counted, whatever the architecture and the
 method are. Matrix products are counted on the way.
 """
 

@@ -6,10 +6,11 @@ checkpoint is the weights, the optimiser and the step, and a resumed run compute
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from torch import Tensor, nn
 from nbtune.data import Batch, Batches, Example, collate
 from nbtune.data.packing import IGNORED
 from nbtune.errors import NbtuneError
+from nbtune.models.training import precision
 from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
+from nbtune.train.compiled import compile_and_time
 from nbtune.train.events import Event
 from nbtune.train.loss import CausalLMLoss
-from nbtune.train.memory import PeakMemory, trim_heap, used_bytes
+from nbtune.train.memory import PeakMemory, release, trim_heap, used_bytes, wait_for
 from nbtune.train.optim import build_optimizer, learning_rate
+from nbtune.train.room import Room, is_out_of_memory
 
 OnEvent = Callable[[Event], None]
 
@@ -88,6 +92,7 @@ def train(
     checkpoints: Path,
     compute_dtype: torch.dtype,
     memory: PeakMemory,
+    room: Room,
     on_event: OnEvent,
     should_stop: Callable[[], bool],
 ) -> Outcome:
@@ -102,11 +107,12 @@ def train(
         checkpoints: Folder for checkpoints.
         compute_dtype: Precision of the forward pass; trained fp32 weights are cast to it on the fly (autocast).
         memory: Follows the memory of the run.
+        room: Lays the steps out, smaller once memory runs out; the step in which it does is done again.
         on_event: Told what happens; see docs/architecture.md for the events.
         should_stop: Asked before every forward pass. The step in progress is given up: checkpoints are of whole steps.
 
     Raises:
-        NbtuneError: The loss is no longer a number.
+        NbtuneError: The loss is no longer a number, or one example is too much for the memory.
     """
     accelerator = Accelerator()
     device = accelerator.device
@@ -122,14 +128,44 @@ def train(
     model, prepared = accelerator.prepare(loss_model, optimizer)
     if saved := checkpoint.checkpoints(checkpoints):
         start = checkpoint.load(saved[-1], state, optimizer)
-    precision = _precision(loss_model, device, compute_dtype)
+    in_precision = functools.partial(precision, loss_model, device.type, compute_dtype)
 
     loss_model.verify(**_probe(schedule, device))
     if start == 0:
-        _evaluate(model, held_out, precision, start, on_event)
+        _evaluate(model, held_out, in_precision, start, on_event)
     done, stopped = start, False
 
+    def accumulate(step: int, batches: list[Batch], num_items: int) -> Tensor | Batch | None:
+        """Add up the gradients of a step: its loss, correct tokens and entropy [3]; or the batch in which memory ran
+        out; or None if asked to stop.
+        """
+        sums = torch.zeros(3, device=device)
+        for index, batch in enumerate(batches):
+            if should_stop():
+                return None
+            try:
+                with _seeded(training.seed, step, index, device), in_precision():
+                    output = model(**_tensors(batch, device), num_items=num_items)
+                sums += torch.stack(output).detach()
+                penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
+                accelerator.backward(output.loss if penalty is None else output.loss + penalty)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return batch
+        return sums
+
     model.train()
+    if training.torch_compile:
+        batches = room.micro_batches(schedule.micro_batches(0))
+
+        def one_pass() -> None:
+            accumulate(0, batches[:1], _supervised(batches[0]))
+            prepared.zero_grad()
+            wait_for(device)
+
+        on_event({"type": "status", "message": "compiling the blocks"})
+        on_event(compile_and_time(loss_model.model, one_pass, len(batches), total_steps - start))
     for step in range(start, total_steps):
         began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
@@ -137,16 +173,12 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(step, total_steps, training)
 
-        loss = torch.zeros((), device=device)
-        for index, batch in enumerate(micro_batches):
-            if stopped := should_stop():
-                break
-            with _seeded(training.seed, step, index, device), precision():
-                part = model(**_tensors(batch, device), num_items=num_items)
-            loss += part.detach()
-            penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
-            accelerator.backward(part if penalty is None else part + penalty)
-        if stopped:
+        while isinstance(sums := accumulate(step, room.micro_batches(micro_batches), num_items), Batch):
+            prepared.zero_grad()
+            release(device)
+            how = room.give_way(sums, memory.peak_bytes)
+            on_event({"type": "warning", "message": f"Memory ran out in step {step + 1}, which is done again: {how}."})
+        if stopped := sums is None:
             break
 
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
@@ -157,7 +189,8 @@ def train(
         prepared.zero_grad()
         if device.type == "cpu":
             trim_heap()
-        _require_finite(float(loss), step + 1)
+        loss, correct, entropy = sums.tolist()
+        _require_finite(loss, step + 1)
 
         seconds = time.perf_counter() - began
         tokens = sum(batch.tokens for batch in micro_batches)
@@ -167,7 +200,9 @@ def train(
                 "type": "train",
                 "step": done,
                 "epoch": done / schedule.steps_per_epoch,
-                "loss": float(loss),
+                "loss": loss,
+                "mean_token_accuracy": correct / num_items,
+                "entropy": entropy / num_items,
                 "learning_rate": learning_rate(step, total_steps, training),
                 "grad_norm": float(grad_norm),
                 "tokens": tokens,
@@ -179,7 +214,7 @@ def train(
         )
         last = done == total_steps
         if last or (training.eval_steps and done % training.eval_steps == 0):
-            _evaluate(model, held_out, precision, done, on_event)
+            _evaluate(model, held_out, in_precision, done, on_event)
         if not last and training.save_steps and done % training.save_steps == 0:
             _save(checkpoints, done, state, optimizer, training, on_event)
     _save(checkpoints, done, state, optimizer, training, on_event)
@@ -195,7 +230,7 @@ def _evaluate(
     step: int,
     on_event: OnEvent,
 ) -> None:
-    """Report the loss per labelled token over the held-out rows, if there are any."""
+    """Report the loss and the accuracy per labelled token over the held-out rows, if there are any."""
     if not held_out:
         return
     began = time.perf_counter()
@@ -203,9 +238,18 @@ def _evaluate(
     total = sum(_supervised(batch) for batch in held_out)
     model.eval()
     with precision():
-        loss = sum(float(model(**_tensors(batch, device), num_items=total)) for batch in held_out)
+        parts = [torch.stack(model(**_tensors(batch, device), num_items=total)) for batch in held_out]
     model.train()
-    on_event({"type": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began})
+    loss, correct, _ = torch.stack(parts).sum(0).tolist()
+    on_event(
+        {
+            "type": "eval",
+            "step": step,
+            "eval_loss": loss,
+            "eval_mean_token_accuracy": correct / total,
+            "seconds": time.perf_counter() - began,
+        }
+    )
 
 
 def _save(
@@ -245,16 +289,6 @@ def _probe(schedule: Schedule, device: torch.device) -> dict[str, Any]:
         "cu_seq_lens": torch.tensor([0, length], dtype=torch.int32),
         "max_length": length,
     }
-
-
-def _precision(
-    model: nn.Module, device: torch.device, compute_dtype: torch.dtype
-) -> Callable[[], AbstractContextManager[Any]]:
-    """Autocast where fp32 weights are to be computed with in half precision (full fine-tuning); nothing otherwise."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if dtypes == {torch.float32} and compute_dtype != torch.float32:
-        return lambda: torch.autocast(device.type, compute_dtype)
-    return nullcontext
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How much memory this process holds, now and at most: VRAM on a GPU, resident memory (RSS) on a CPU."""
+"""The memory that this process holds, now and at most (VRAM on a GPU, resident memory on a CPU), and its device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def used_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was told, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:

@@ -17,16 +17,18 @@ from nbtune._transformers import PreTrainedModel
 from nbtune.data import Dataset, load_examples
 from nbtune.fused import fused
 from nbtune.models import LoadedModel, attach_adapter, compute_dtype, default_device, load
+from nbtune.models.training import trained_model
 from nbtune.modules.offload import CudaLane, offloaded_checkpoints
 from nbtune.peft import PeftModel
 from nbtune.peft.configs.lora import AdaLoraConfig
-from nbtune.plan import plan
-from nbtune.spec import ModelSpec, RunSpec
+from nbtune.plan import Plan, plan
+from nbtune.spec import RunSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event, read_events
 from nbtune.train.loop import Outcome, Schedule, eval_batches, train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release
+from nbtune.train.room import Room
 from nbtune.train.tracking import MlflowFollower
 
 
@@ -58,39 +60,43 @@ def _train(
     def on_status(message: str) -> None:
         on_event({"type": "status", "message": message})
 
+    planned = plan(spec)  # before the weights are here, which the process would seem to hold anyway
+    training = spec.training.model_copy(
+        update={
+            "per_device_train_batch_size": planned.micro_batch_size,
+            "gradient_accumulation_steps": planned.accumulation,
+        }
+    )
     on_status("loading the model")
-    loaded = load(_model_spec(spec), for_training=True, on_status=on_status)
+    loaded = load(trained_model(spec), for_training=True, on_status=on_status)
     on_status("reading the data")
     dataset = load_examples(spec.data, loaded.tokenizer, spec.training.max_length, on_status=on_status)
     for reason, count in dataset.dropped.items():
         on_event({"type": "warning", "message": f"{count} rows were left out: {reason}"})
 
-    schedule = Schedule(dataset.train, spec.training, spec.virtual_tokens)
+    schedule = Schedule(dataset.train, training, spec.virtual_tokens)
     adapted = _attach(loaded.model, _with_steps(spec, schedule.total_steps))
-    with fused(loaded.model) as blocks, _offloaded(loaded, spec):
-        on_event({**_start_event(spec, loaded, dataset, schedule), "fused": dict(blocks.counts)})
+    room = Room(loaded.model, planned, may_recompute=training.gradient_checkpointing is not False)
+    # Blocks are fused or compiled: the compiler does not look into fused ones.
+    with nullcontext() if spec.training.torch_compile else fused(loaded.model) as blocks, _offloaded(loaded, spec):
+        counts = dict(blocks.counts) if blocks is not None else {}
+        on_event({**_start_event(spec, loaded, dataset, schedule, planned), "fused": counts})
         outcome = train(
-            CausalLMLoss(loaded.model),
+            CausalLMLoss(loaded.model, spec.training.label_smoothing_factor),
             adapted,
             schedule,
-            eval_batches(dataset.eval, spec.training, spec.virtual_tokens),
-            spec.training,
+            eval_batches(dataset.eval, training, spec.virtual_tokens),
+            training,
             checkpoints=checkpoints,
             compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
             memory=memory,
+            room=room,
             on_event=on_event,
             should_stop=should_stop,
         )
     on_status("writing the adapter" if adapted is not None else "writing the model")
     _write_result(path, loaded, adapted)
     return outcome
-
-
-def _model_spec(spec: RunSpec) -> ModelSpec:
-    """The model as it is trained: with every weight trained, the weights are fp32 and the forward pass is cast."""
-    if spec.method == "full" and spec.model.dtype == "auto":
-        return spec.model.model_copy(update={"dtype": "float32"})
-    return spec.model
 
 
 def _with_steps(spec: RunSpec, total_steps: int) -> RunSpec:
@@ -102,8 +108,6 @@ def _with_steps(spec: RunSpec, total_steps: int) -> RunSpec:
 
 def _attach(model: PreTrainedModel, spec: RunSpec) -> PeftModel | None:
     """The adapter on `model`, with first weights that the seed fixes; None where every weight is trained."""
-    if spec.training.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.method == "full":
         return None
     with torch.random.fork_rng(devices=[]):
@@ -118,7 +122,7 @@ def _offloaded(loaded: LoadedModel, spec: RunSpec) -> AbstractContextManager[Non
     return offloaded_checkpoints(loaded.model, CudaLane(loaded.device))
 
 
-def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule: Schedule) -> Event:
+def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule: Schedule, planned: Plan) -> Event:
     parameters = list(loaded.model.parameters())
     return {
         "type": "start",
@@ -128,7 +132,12 @@ def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule:
         "method": spec.method_name,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
-        "planned_peak_bytes": plan(spec).peak_bytes,
+        "planned_peak_bytes": planned.peak_bytes,
+        "planned_parts": planned.parts,
+        "micro_batch_size": planned.micro_batch_size,
+        "accumulation": planned.accumulation,
+        "checkpointed_layers": planned.checkpointed_layers,
+        "packing_length": planned.packing_length,
         "device": str(loaded.device),
         "dtype": str(compute_dtype(spec.model.dtype, loaded.device)).removeprefix("torch."),
         "train_examples": len(dataset.train),
