@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nbtune.data import Batch, Batches, Example, collate
 from nbtune.data.packing import IGNORED
 from nbtune.errors import NbtuneError
+from nbtune.kernels.casts import casts_kept
 from nbtune.models.training import precision
 from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
@@ -135,6 +136,7 @@ def train(
         _evaluate(model, held_out, in_precision, start, on_event)
     done, stopped = start, False
 
+    @casts_kept()
     def accumulate(step: int, batches: list[Batch], num_items: int) -> Tensor | Batch | None:
         """Add up the gradients of a step: its loss, correct tokens and entropy [3]; or the batch in which memory ran
         out; or None if asked to stop.

@@ -43,11 +43,11 @@ ARCHITECTURES = {
 LENGTHS = [5, 9, 7]
 
 
-def model_of(name):
+def model_of(name, **sizes):
     register()
     torch.manual_seed(0)
     changes, _ = ARCHITECTURES[name]
-    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    config = getattr(transformers, f"{name}Config")(**SIZES | changes | sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases that are all ones or zeros would hide mistakes
