@@ -20,8 +20,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from nbtune._transformers import PreTrainedModel
+from nbtune.modules.checkpointing import blocks_of
 
 MIN_BYTES = 2**20  # a smaller copy takes longer to start than to run
 
@@ -86,26 +89,23 @@ class CudaLane:
 
 
 @contextmanager
-def offloaded_checkpoints(model: nn.Module, lane: Lane, min_bytes: int = MIN_BYTES) -> Iterator[None]:
+def offloaded_checkpoints(model: PreTrainedModel, lane: Lane, min_bytes: int = MIN_BYTES) -> Iterator[None]:
     """Inside, checkpointed blocks of `model` keep their inputs in the host's memory between forward and backward.
 
     Args:
-        model: A model whose blocks are transformers' and checkpointed without reentrance. Only instances are touched.
+        model: A model whose blocks are checkpointed without reentrance, some or all. Only these objects are touched.
         lane: What copies, and where to.
         min_bytes: Smaller inputs stay where they are.
     """
-    checkpointed: list[Any] = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
-    last = checkpointed[-1] if checkpointed else None
-    blocks = [block for block in checkpointed if block.gradient_checkpointing]
-    originals = [block._gradient_checkpointing_func for block in blocks]
+    blocks = blocks_of(model)
     inputs = _Inputs(lane, min_bytes)
-    for block, original in zip(blocks, originals, strict=True):
-        block._gradient_checkpointing_func = partial(inputs.checkpointed, original, block is last)
+    for block in blocks:
+        block.__dict__["forward"] = partial(inputs.forward, block, block.forward, block is blocks[-1])
     try:
         yield
     finally:
-        for block, original in zip(blocks, originals, strict=True):
-            block._gradient_checkpointing_func = original
+        for block in blocks:
+            del block.__dict__["forward"]
 
 
 class _Input:
@@ -138,15 +138,15 @@ class _Inputs:
         self._leaving: list[Transfer] = []
         self._newest: weakref.ref[_Input] | None = None
 
-    def checkpointed(
-        self, checkpoint: Callable[..., Any], stays: bool, block: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """`checkpoint(block, *args)`; of what it saves these hooks see the arguments, not what the block computes."""
+    def forward(self, block: Any, run: Callable[..., Any], stays: bool, *args: Any, **kwargs: Any) -> Any:
+        """`run(*args)`; of a checkpointed block the hooks see the arguments alone, not what it computes."""
         for transfer in self._leaving:  # the block below has run, so its input has had the time to leave
             transfer.finish()
         self._leaving.clear()
+        if not (block.gradient_checkpointing and block.training):
+            return run(*args, **kwargs)
         with saved_tensors_hooks(partial(self._pack, stays), self._unpack):
-            return checkpoint(block, *args, **kwargs)
+            return run(*args, **kwargs)
 
     def _pack(self, stays: bool, x: Tensor) -> Tensor | _Input:
         if x.nbytes < self._min_bytes:
