@@ -123,20 +123,22 @@ class _Logits(NamedTuple):
     softcap: float | None
     smoothing: float
 
-    def sums(self, product: Tensor, labels: Tensor, scratch: Tensor, *, gradient: Tensor | None) -> Tensor:
+    def sums(
+        self, product: Tensor, labels: Tensor, scratch: tuple[Tensor, Tensor], *, gradient: Tensor | None
+    ) -> Tensor:
         """Loss, correct rows and entropy, summed over the rows of a chunk [3], in the dtype of `scratch`.
 
         Args:
             product: What the head gives [C, V].
             labels: [C].
-            scratch: Two blocks of rows to compute in [2, B, V], fp32 or fp64.
+            scratch: Two blocks of rows to compute in, both [B, V], fp32 or fp64.
             gradient: Becomes the gradient of the summed loss by the scaled product [C, V]; may be `product` itself.
         """
-        sums = scratch.new_zeros(3)
-        size = scratch.shape[1]
+        sums = scratch[0].new_zeros(3)
+        size = len(scratch[0])
         for start in range(0, len(labels), size):
             stop = min(start + size, len(labels))
-            logits, softmax = scratch[:, : stop - start]
+            logits, softmax = (block[: stop - start] for block in scratch)
             logits.copy_(product[start:stop])
             sums += self._block_(logits, softmax, labels[start:stop, None], gradient is not None)
             if gradient is not None:
@@ -181,10 +183,15 @@ def _argmax(logits: Tensor) -> Tensor:
     return group * width + columns.argmax(1, keepdim=True)
 
 
-def _scratch(hidden: Tensor, vocabulary: int, chunk: int) -> Tensor:
-    """Two blocks of logits [2, B, V] in the precision that the loss is computed in."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(2, _block_rows(chunk, dtype.itemsize * vocabulary, hidden.device), vocabulary, dtype=dtype)
+def _scratch(hidden: Tensor, vocabulary: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Two blocks of logits [B, V] in the precision that the loss is computed in."""
+    dtype = _precision(hidden)
+    block = hidden.new_empty(_block_rows(chunk, dtype.itemsize * vocabulary, hidden.device), vocabulary, dtype=dtype)
+    return block, torch.empty_like(block)
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -199,7 +206,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _scaled(tensor: Tensor, factor: float | Tensor) -> Tensor:
     """`tensor * factor` with one rounding: in bf16 the factor itself would lose two digits."""
-    return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
+    return (tensor.to(_precision(tensor)) * factor).to(tensor.dtype)
 
 
 def _times(saved: Tensor | None, grad_output: Tensor) -> Tensor | None:
@@ -213,16 +220,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, labels, divisor, logits: _Logits, chunk: int):  # noqa: ANN001, ANN205
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        scratch = _scratch(hidden, len(weight), chunk)
+        precision, scratch = _precision(hidden), _scratch(hidden, len(weight), chunk)
         head, offset = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         factor = logits.scale / divisor
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed in fp32 over the chunks: in bf16 a sum of thousands of small terms stalls.
-        grad_weight = torch.zeros_like(weight, dtype=scratch.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=scratch.dtype) if wants_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=precision) if wants_weight else None
+        grad_bias = hidden.new_zeros(len(weight), dtype=precision) if wants_bias else None
 
         buffer = hidden.new_empty(chunk, len(weight))
-        sums = scratch.new_zeros(3)
+        sums = hidden.new_zeros(3, dtype=precision)
         for start in range(0, len(labels), chunk):
             x, target = hidden[start : start + chunk], labels[start : start + chunk]
             product = buffer[: len(x)]  # [C, V]; becomes its own gradient
@@ -237,12 +244,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product_(grad_weight, product.T, _scaled(x, factor))
             if grad_bias is not None:
-                grad_bias += product.sum(0, dtype=scratch.dtype) * factor
+                grad_bias += product.sum(0, dtype=precision) * factor
 
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         )
         loss, correct, entropy = sums.unbind()
         ctx.mark_non_differentiable(correct, entropy)
@@ -258,12 +265,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, labels, divisor, logits: _Logits, chunk: int, head, vocabulary, *trained):  # noqa: ANN001, ANN002, ANN205
         wants_hidden = ctx.needs_input_grad[0]
-        scratch = _scratch(hidden, vocabulary, chunk)
+        precision, scratch = _precision(hidden), _scratch(hidden, vocabulary, chunk)
         factor = logits.scale / divisor
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grads = [torch.zeros_like(parameter, dtype=scratch.dtype) for parameter in trained]
+        grads = [torch.zeros_like(parameter, dtype=precision) for parameter in trained]
 
-        sums = scratch.new_zeros(3)
+        sums = hidden.new_zeros(3, dtype=precision)
         for start in range(0, len(labels), chunk):
             x, target = hidden[start : start + chunk], labels[start : start + chunk]
             with torch.enable_grad():
