@@ -10,7 +10,7 @@
 from nbtune.models.adapter import attach_adapter
 from nbtune.models.info import ModelInfo, ModuleInfo, describe, skeleton
 from nbtune.models.loader import LoadedModel, load, load_tokenizer
-from nbtune.models.machine import available_memory, compute_dtype, default_device
+from nbtune.models.machine import available_memory, compute_dtype, default_device, missing_compiler
 from nbtune.models.source import Source, resolve
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "describe",
     "load",
     "load_tokenizer",
+    "missing_compiler",
     "resolve",
     "skeleton",
 ]

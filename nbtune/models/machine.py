@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,3 +67,15 @@ def _container_headroom() -> int | None:
     if limit == "max":
         return None
     return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+
+
+def missing_compiler(device: str | torch.device) -> str | None:
+    """What torch.compile would need on `device` and this machine has not; None where it has all."""
+    import torch
+
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler {compiler}"
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    return None
