@@ -32,27 +32,55 @@ class Side:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Child:
-    """A process that holds one side, and works only while it is asked for a round."""
+class Rounds:
+    """One side in this process."""
 
-    def __init__(self, side: Side, threads: int | None, device: str) -> None:
+    def __init__(self, side: Side, device: str) -> None:
+        self.name = side.name
+        self._device = device
+        self._memory = _Memory(device)
+        self._work = side.run(**side.arguments)
+
+    def ready(self) -> tuple[int, Values]:
+        """Wait until the side is prepared; the bytes it holds then, and what it tells."""
+        values = next(self._work)
+        _trim_heap()
+        return self._memory.used(), values
+
+    def round(self) -> tuple[float, int, Values]:
+        """Seconds, peak bytes and what the round came to."""
+        self._memory.restart()
+        start = time.perf_counter()
+        values = next(self._work)
+        synchronize(self._device)
+        return time.perf_counter() - start, self._memory.peak(), values
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Child:
+    """One side in a process of its own, which works only while it is asked to."""
+
+    def __init__(self, side: Side, device: str, threads: int | None) -> None:
         self.name = side.name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side, threads, device))
+        self._process = context.Process(target=_serve, args=(theirs, side, device, threads))
         self._process.start()
         theirs.close()
 
     def ready(self) -> tuple[int, Values]:
-        """Wait until the side is prepared; the bytes it holds then, and what it tells."""
+        """See `Rounds.ready`."""
         return self._receive()
 
     def round(self) -> tuple[float, int, Values]:
-        """Seconds, peak bytes and what the round came to."""
+        """See `Rounds.round`."""
         self._pipe.send("round")
         return self._receive()
 
     def close(self) -> None:
+        """End the process."""
         self._pipe.close()
         self._process.join(30)
         if self._process.is_alive():
@@ -69,26 +97,19 @@ class Child:
         return answer
 
 
-def _serve(pipe: Connection, side: Side, threads: int | None, device: str) -> None:
+def _serve(pipe: Connection, side: Side, device: str, threads: int | None) -> None:
     """Run in the child: one answer when ready, one a round, the text of an error where one is raised."""
     if threads is not None:
         torch.set_num_threads(threads)
-    memory = _Memory(device)
     try:
-        work = side.run(**side.arguments)
-        values = next(work)
-        _trim_heap()
-        pipe.send((memory.used(), values))
+        rounds = Rounds(side, device)
+        pipe.send(rounds.ready())
         while True:
             try:
                 pipe.recv()
             except EOFError:
                 break
-            memory.restart()
-            start = time.perf_counter()
-            values = next(work)
-            synchronize(device)
-            pipe.send((time.perf_counter() - start, memory.peak(), values))
+            pipe.send(rounds.round())
     except BaseException:  # noqa: BLE001 - told to the parent, which raises it, if it is still there
         with suppress(BrokenPipeError):
             pipe.send(traceback.format_exc())

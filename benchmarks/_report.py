@@ -35,6 +35,9 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     )
     options.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
     options.add_argument("--rounds", type=int, default=defaults.pop("rounds", 10), help="timed rounds of each side")
+    options.add_argument(
+        "--one-process", action="store_true", help="all sides in this process; their memory cannot be told apart then"
+    )
     options.set_defaults(**defaults)
     return options
 
@@ -45,7 +48,6 @@ def finish(
     arguments: argparse.Namespace,
     *,
     whole_memory: bool = False,
-    flops: Mapping[str, float] | None = None,
     dtype: str = "bfloat16",
     **more: Any,
 ) -> dict[str, Any]:
@@ -56,8 +58,7 @@ def finish(
         comparison: What was measured.
         arguments: Of `parser`; all of them are recorded.
         whole_memory: Compare whole peaks, not those above the loaded model.
-        flops: Model FLOP of one timed round by side, for the share of the matrix rate (MFU).
-        dtype: Whose matrix rate that share is of.
+        dtype: Whose matrix rate the MFU is a share of.
         more: Further entries of the object.
     """
     figures = {
@@ -65,9 +66,9 @@ def finish(
         "date": datetime.date.today().isoformat(),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
         **_ratios(comparison, whole_memory),
-        "ours": _figures(comparison, comparison[0], flops, dtype),
-        "theirs": _figures(comparison, comparison.rivals[0], flops, dtype),
-        "others": [_figures(comparison, rival, flops, dtype) for rival in comparison.rivals[1:]],
+        "ours": _figures(comparison, comparison[0], dtype),
+        "theirs": _figures(comparison, comparison.rivals[0], dtype),
+        "others": [_figures(comparison, rival, dtype) for rival in comparison.rivals[1:]],
         "matrix_rate_flops": comparison.matrix_rates,
         **more,
         "versions": versions(),
@@ -105,7 +106,7 @@ def _ratios(comparison: Comparison, whole: bool) -> dict[str, Any]:
     return {**against[comparison.rivals[0].name], "against": against}
 
 
-def _figures(comparison: Comparison, side: Measured, flops: Mapping[str, float] | None, dtype: str) -> dict[str, Any]:
+def _figures(comparison: Comparison, side: Measured, dtype: str) -> dict[str, Any]:
     """One side, in plain values."""
     found: dict[str, Any] = {
         "name": side.name,
@@ -122,9 +123,9 @@ def _figures(comparison: Comparison, side: Measured, flops: Mapping[str, float] 
     for name in ("loss", "grad_norm"):
         if name in side.values[-1]:
             found[name] = [values[name] for values in side.values]
-    if flops is not None:
-        found["model_flops"] = flops[side.name]
-        found["mfu"] = flops[side.name] / side.median_seconds / comparison.matrix_rates[dtype]
+    if "flops" in side.values[-1]:
+        found["model_flops_per_second"] = side.per_second("flops")
+        found["mfu"] = side.per_second("flops") / comparison.matrix_rates[dtype]
     return found
 
 

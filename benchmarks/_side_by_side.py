@@ -24,8 +24,9 @@ it is ready, and then yields once a round, with what that round came to. Only th
         main()
 
 Work that calls back (a trainer, a run) becomes such a generator with `paced`. One side alone is measured as well:
-`compare([side], rounds=3)[0].peak_bytes`. `speed_ratio` is the median over the rounds of their seconds over ours, and
-`memory_ratio` our peak over theirs, above the loaded model (or whole, with `finish(..., whole_memory=True)`).
+`compare([side], rounds=3)[0].peak_bytes`. `speed_ratio` is the median over the rounds of their seconds (a token, where
+rounds tell their "tokens") over ours, and `memory_ratio` our peak over theirs, above the loaded model (or whole, with
+`finish(..., whole_memory=True)`). Rounds that tell their model "flops" get a share of the machine's matrix rate (MFU).
 
 The peak on Linux is the kernel's own (VmHWM, reset before each round), elsewhere a thread reads RSS every 5 ms; on a
 GPU it is `torch.cuda.max_memory_allocated`. These files need torch only, and plotly where a page is written.
@@ -39,7 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from _process import Child, Side, Values, matrix_rate
+from _process import Child, Rounds, Side, Values, matrix_rate
 
 __all__ = ["Comparison", "DisagreementError", "Measured", "Side", "Values", "compare", "matrix_rate", "paced"]
 
@@ -68,9 +69,20 @@ class Measured:
         """The peak above the loaded model."""
         return self.peak_bytes - self.loaded_bytes
 
+    @property
+    def timed(self) -> list[Values]:
+        """The values of the timed rounds."""
+        return self.values[-len(self.seconds) :]
+
+    @property
+    def paces(self) -> list[float]:
+        """Seconds of each timed round, or a token of it where rounds count tokens."""
+        pairs = zip(self.seconds, self.timed, strict=True)
+        return [seconds / values.get("tokens", 1) for seconds, values in pairs]
+
     def per_second(self, name: str) -> float:
         """What the timed rounds came to, such as tokens, over the time they took."""
-        return sum(values[name] for values in self.values[-len(self.seconds) :]) / sum(self.seconds)
+        return sum(values[name] for values in self.timed) / sum(self.seconds)
 
 
 @dataclass
@@ -88,8 +100,9 @@ class Comparison:
         return self.sides[1:]
 
     def speed_ratio(self, rival: Measured) -> float:
-        """How many times faster ours is: the median over rounds that were run one after the other."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self[0].seconds, rival.seconds, strict=True))
+        """How many times faster ours is, a token where rounds count tokens: the median over rounds run in turns."""
+        pairs = zip(self[0].paces, rival.paces, strict=True)
+        return statistics.median(theirs / ours for ours, theirs in pairs)
 
     def memory_ratio(self, rival: Measured, *, whole: bool = False) -> float:
         """Our peak over theirs, above the loaded model or whole."""
@@ -134,6 +147,7 @@ def compare(
     threads: int | None = None,
     device: str | None = None,
     dtypes: Sequence[str] = ("bfloat16", "float32"),
+    apart: bool = True,
 ) -> Comparison:
     """Run the sides in turns: `warmup` rounds that are not timed, then `rounds` that are.
 
@@ -144,11 +158,12 @@ def compare(
         threads: Of torch, in every process; None leaves torch's own choice.
         device: "cpu" or "cuda", for the memory and the matrix rates; None is CUDA where there is one.
         dtypes: Whose matrix rates are measured between the rounds, while all sides sleep.
+        apart: Each side in a process of its own; else all in this one, where their memory cannot be told apart.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    children = [Child(side, threads, device) for side in sides]
+    children = [Child(side, device, threads) if apart else Rounds(side, device) for side in sides]
     try:
         measured = [Measured(child.name, *child.ready()) for child in children]
         rates: dict[str, list[float]] = {dtype: [] for dtype in dtypes}

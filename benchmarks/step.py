@@ -13,7 +13,7 @@ Fails where the data differ, a gradient is zero, or a loss is more than 1 % from
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
     loss_model = CausalLMLoss(loaded.model).train()
     parameters = trained(loss_model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    yield _ready(loaded.model, blocks)
+    yield _ready(loaded.model)
     for block in blocks:
         batch = collate([[Example(row, row)] for row in block]).to(loaded.device)
         loss = loss_model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seq_lens, batch.max_length)
@@ -49,7 +49,7 @@ def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
         optimizer.zero_grad()
         if loaded.device.type == "cpu":
             trim_heap()  # as nbtune's loop does
-        yield _came_to(loss, grad_norm, block)
+        yield _came_to(loss, grad_norm, block, loaded.model)
 
 
 def theirs(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
@@ -66,7 +66,7 @@ def theirs(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
     adapted.train()
     parameters = trained(adapted)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    yield _ready(base, blocks)
+    yield _ready(base)
     for block in blocks:
         input_ids = torch.from_numpy(block).long().to(device)
         loss = adapted(input_ids=input_ids, labels=input_ids).loss
@@ -74,21 +74,23 @@ def theirs(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        yield _came_to(loss, grad_norm, block)
+        yield _came_to(loss, grad_norm, block, base)
 
 
-def _ready(model: Any, blocks: np.ndarray) -> Values:
-    _, rows, length = blocks.shape
+def _ready(model: Any) -> Values:
     touch(model)
+    return {"trained_parameters": sum(parameter.numel() for parameter in trained(model))}
+
+
+def _came_to(loss: torch.Tensor, grad_norm: torch.Tensor, block: np.ndarray, model: Any) -> Values:
+    rows, length = block.shape
     return {
-        "model_flops": step_flops(model.config, rows * [length], rows * (length - 1)),
-        "trained_parameters": sum(parameter.numel() for parameter in trained(model)),
+        "loss": float(loss.detach()),
+        "grad_norm": float(grad_norm),
+        "tokens": block.size,
+        "flops": step_flops(model.config, rows * [length], rows * (length - 1)),
+        "data": f"{zlib.crc32(block.tobytes()):08x}",
     }
-
-
-def _came_to(loss: torch.Tensor, grad_norm: torch.Tensor, block: np.ndarray) -> Values:
-    data = f"{zlib.crc32(block.tobytes()):08x}"
-    return {"loss": float(loss.detach()), "grad_norm": float(grad_norm), "tokens": block.size, "data": data}
 
 
 def blocks_of_text(model: str, steps: int, rows: int, length: int) -> np.ndarray:
@@ -97,35 +99,34 @@ def blocks_of_text(model: str, steps: int, rows: int, length: int) -> np.ndarray
     from nbtune.models import load_tokenizer
     from nbtune.spec import DataSpec, ModelSpec
 
-    examples = load_examples(DataSpec(), load_tokenizer(ModelSpec(name=model)), max_length=length).train
+    examples = load_examples(DataSpec(), load_tokenizer(ModelSpec(name=model)), max_length=512).train
     tokens = np.concatenate([example.input_ids for example in examples])
     return np.resize(tokens, (steps, rows, length)).astype(np.int32)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=10)
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options.add_argument("--model", default=MODEL, help="a model that nbtune can load")
     options.add_argument("--batch", type=int, default=4, help="rows of a step")
     options.add_argument("--length", type=int, default=256, help="tokens of a row")
-    arguments = options.parse_args()
+    given = options.parse_args(arguments)
 
-    blocks = blocks_of_text(arguments.model, 1 + arguments.rounds, arguments.batch, arguments.length)
-    common = {"dtype": arguments.dtype, "blocks": blocks}
+    blocks = blocks_of_text(given.model, 1 + given.rounds, given.batch, given.length)
+    common = {"dtype": given.dtype, "blocks": blocks}
     sides = [
-        Side("nbtune", ours, {"model": arguments.model, **common}),
-        Side("peft", theirs, {"model": str(folder(arguments.model)), **common}),
+        Side("nbtune", ours, {"model": given.model, **common}),
+        Side("peft", theirs, {"model": str(folder(given.model)), **common}),
     ]
-    comparison = compare(sides, rounds=arguments.rounds, warmup=1, threads=arguments.threads)
+    comparison = compare(sides, rounds=given.rounds, warmup=1, threads=given.threads, apart=not given.one_process)
     comparison.require_same("data")
     comparison.require_positive("grad_norm")
     comparison.require_close("loss", 0.01)
     finish(
         "step",
         comparison,
-        arguments,
-        flops={side.name: side.ready["model_flops"] for side in comparison.sides},
-        dtype=arguments.dtype,
+        given,
+        dtype=given.dtype,
         loss_deviation=comparison.deviation("loss", comparison.rivals[0]),
     )
 
