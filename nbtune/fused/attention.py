@@ -96,8 +96,7 @@ class FusedAttention:
         projected = lora_linears(x, projections)  # pyright: ignore[reportArgumentType] - [B, T, heads * head_dim]
         query, key, value = projected if len(projected) == 3 else projected[0].split(self.call.sizes, dim=-1)
         query, key = self._heads(query, self.names.query_norm), self._heads(key, self.names.key_norm)
-        if self.layout is not None:
-            assert position_embeddings is not None
+        if self.layout is not None and position_embeddings is not None:
             query, key = rope(query, key, *position_embeddings, layout=self.layout)
         constants = {**kwargs, **self.call.constants}
         y, _ = packed_attention(self.module, query, key, self._heads(value, None), attention_mask, **constants)
