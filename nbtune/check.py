@@ -53,6 +53,7 @@ def check(spec: RunSpec, *, runs_dir: str | Path | None = None) -> list[Problem]
     looks: list[Callable[[], Iterator[Problem]]] = [
         lambda: _runs_dir(runs_dir),
         lambda: _tracking(spec, runs_dir),
+        lambda: _machine(spec),
         lambda: _data(spec),
         lambda: _model(spec),
     ]
@@ -99,6 +100,58 @@ def _tracking(spec: RunSpec, runs_dir: str | Path | None) -> Iterator[Problem]:
         require_reachable(tracking_uri(spec.tracking, Path(runs_dir or ".")))
     except RunError as error:
         yield _problem(error, "tracking.tracking_uri")
+
+
+def _machine(spec: RunSpec) -> Iterator[Problem]:
+    """Settings that want something of the machine, and of each other."""
+    from nbtune.models import default_device, missing_compiler
+
+    training, device = spec.training, default_device()
+    if training.torch_compile and (missing := missing_compiler(device)):
+        yield Problem(
+            "This machine cannot compile the model",
+            f"training.torch_compile is set, and {missing} is not there.",
+            "Install it, or set torch_compile to false.",
+            setting="training.torch_compile",
+        )
+    if training.torch_compile and training.activation_offloading:
+        yield Problem(
+            "torch_compile and activation_offloading do not go together",
+            "Blocks that are checkpointed, whose inputs would be offloaded, are not compiled.",
+            "Set one of the two.",
+            setting="training.torch_compile",
+        )
+    elif training.torch_compile and training.gradient_checkpointing is True:
+        yield Problem(
+            "torch_compile would do nothing",
+            "training.gradient_checkpointing is true, and blocks that are checkpointed are not compiled.",
+            "Set one of the two.",
+            severity="warning",
+            setting="training.torch_compile",
+        )
+    if training.activation_offloading and not training.gradient_checkpointing:
+        yield Problem(
+            "activation_offloading would do nothing",
+            "It moves what gradient checkpointing keeps, and training.gradient_checkpointing is false.",
+            "Set gradient_checkpointing to true.",
+            severity="warning",
+            setting="training.activation_offloading",
+        )
+    if device.type == "cpu" and training.activation_offloading:
+        yield Problem(
+            "activation_offloading needs a GPU",
+            "There is none here: what would be moved to the host's memory is there already.",
+            severity="warning",
+            setting="training.activation_offloading",
+        )
+    if device.type == "cpu" and training.optim.startswith("paged"):
+        yield Problem(
+            "Paging needs a GPU",
+            f"There is none here: training.optim {training.optim} keeps its averages in the host's memory anyway.",
+            f"Set optim to {training.optim.removeprefix('paged_').replace('adamw_32bit', 'adamw_torch_fused')}.",
+            severity="warning",
+            setting="training.optim",
+        )
 
 
 def _data(spec: RunSpec) -> Iterator[Problem]:
@@ -164,7 +217,7 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
     if told:
         text = "\n".join(dict.fromkeys(str(warning.message) for warning in told))  # many layers say the same
         yield Problem("The method would warn", text, severity="warning", setting=setting_of(text, spec.method))
-    if not planned.parts["gradients"]:
+    if not planned.trained_parameters:
         yield Problem(
             "Nothing would be trained",
             f"With these settings {method_label(spec.to_dict()['method'])} has no parameter to train.",
@@ -172,11 +225,14 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
             setting="method.token_indices" if isinstance(spec.method, TrainableTokensConfig) else None,
         )
     needed, available = planned.peak_bytes, planned.available_bytes
-    if needed > available:
+    if not planned.fits:
         yield Problem(
             "The run may need more memory than there is",
-            f"About {format_bytes(needed)} are needed and {format_bytes(available)} are free.",
-            "Lower max_length or per_device_train_batch_size, or set gradient_checkpointing.",
+            f"About {format_bytes(needed)} are needed and {format_bytes(available)} are there for this process."
+            + (f" That is with {planned.chosen}." if planned.chosen else ""),
+            "Lower max_length, load the model in 4 bits, or choose a smaller one."
+            if spec.training.gradient_checkpointing == "auto"
+            else "Set gradient_checkpointing to auto, or lower max_length.",
             severity="warning",
             setting="training.max_length",
         )

@@ -202,7 +202,7 @@ def _chosen(spec: RunSpec, layout: _Layout, *, fits: bool) -> str:
         changed.append(f"{layout.checkpointed} of {layout.step.blocks} layers computed again")
     if not changed:
         return ""
-    return " and ".join(changed) + (" to fit" if fits else ", which is not enough to fit")
+    return " and ".join(changed) + (" to fit" if fits else ", which does not suffice")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,6 +28,8 @@ from nbtune.peft.prompt import packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def trace_step(
     borders = torch.tensor([*range(0, tokens, segment), tokens], dtype=torch.int32)  # read on the host: not fake
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     follower = _Follower()
-    with fake, torch.device(device):
+    with torch.random.fork_rng(devices=[]), fake, torch.device(device):
         _become_fake(model, follower)
         row = {
             "input_ids": torch.zeros(1, tokens, dtype=torch.long),
@@ -196,10 +198,13 @@ class _Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.nonzero.default and args[0].ndim == 1:  # the labelled rows: all
+        if func is aten.nonzero.default and args[0].ndim == 1:  # the labelled rows: all
             output = args[0].new_empty(len(args[0]), 1, dtype=torch.long)
-        elif func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+        elif func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # whether the gradient of the loss is 1
+        elif _has_values(func, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
         if (count := flop_registry.get(func._overloadpacket)) is not None:
@@ -220,3 +225,11 @@ class _Follower(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         del self._live[key]
         self._bytes -= size
+
+
+def _has_values(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation is on numbers that are there: borders of segments, and the seed of a dropout."""
+    if func is aten.randint.low:
+        return args[2] == []
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
