@@ -151,10 +151,12 @@ class _Logits(NamedTuple):
             logits *= self.scale
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        best = _argmax(logits)  # [B, 1]
+        largest = logits.gather(1, best)
+        logits -= largest  # or the entropy below would be a difference of large numbers
         torch.softmax(logits, 1, out=softmax)
 
-        best = _argmax(logits)  # [B, 1]
-        normaliser = logits.gather(1, best) - softmax.gather(1, best).log()  # log of the sum of exponentials
+        normaliser = -softmax.gather(1, best).log()  # log of the sum of exponentials
         entropy = normaliser.squeeze(1) - torch.linalg.vecdot(softmax, logits)
         expected = logits.gather(1, labels)
         if self.smoothing:
@@ -166,6 +168,7 @@ class _Logits(NamedTuple):
             if self.smoothing:
                 softmax -= self.smoothing / softmax.shape[1]
             if self.softcap is not None:  # whose slope is 1 - (logits / softcap)^2
+                logits += largest
                 softmax.addcmul_(softmax, logits.square_(), value=-(self.softcap**-2))
         return sums
 

@@ -80,7 +80,7 @@ def test_a_packed_row_is_each_example_alone(setup):
     wanted = gradients(model, expected)
     base: Any = model.get_base_model()
     base.set_attn_implementation(NAME)
-    loss = CausalLMLoss(base)(**packed)
+    loss = CausalLMLoss(base)(**packed).loss
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     found = gradients(model, loss)
     assert found.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -88,4 +88,4 @@ def test_a_packed_row_is_each_example_alone(setup):
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
     assert max(gradient.abs().max() for gradient in found.values()) > 1e-4
     with model.disable_adapter():
-        assert abs(CausalLMLoss(base)(**packed).item() - loss.item()) > 1e-5
+        assert abs(CausalLMLoss(base)(**packed).loss.item() - loss.item()) > 1e-5

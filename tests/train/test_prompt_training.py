@@ -77,7 +77,7 @@ def one_at_a_time(model: PeftModel, row: dict) -> torch.Tensor:
 
 def packed_loss(model: PeftModel, row: dict) -> torch.Tensor:
     model.get_base_model().set_attn_implementation(NAME)
-    return CausalLMLoss(model.get_base_model())(**row)
+    return CausalLMLoss(model.get_base_model())(**row).loss
 
 
 def gradients(model: PeftModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
