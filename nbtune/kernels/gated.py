@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nbtune.kernels.row_blocks import block_rows, compute_dtype
+from nbtune.kernels.triton import use_triton
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -42,6 +43,11 @@ def gated_activation(g: Tensor, u: Tensor, activation: str) -> Tensor:
 def gated(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """The same without autograd, in new memory or in `out`, which may be g but not u."""
     out = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
+    if use_triton(g):
+        from nbtune.kernels.triton import gated as twin
+
+        twin.forward(g, u, activation, out)
+        return out
     for gate, values, h in _blocks(g, u, out):
         if activation in _SIGMOID:
             x = gate.to(compute_dtype(g.dtype))
@@ -53,9 +59,14 @@ def gated(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> T
 
 def gated_backward_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
     """Write h over dh = dL/dh, dL/dg over g and dL/du over u. All are [..., F], of one dtype and viewable as rows."""
+    if use_triton(g):
+        from nbtune.kernels.triton import gated as twin
+
+        return twin.backward_(dh, g, u, activation)
     backward = _backward_sigmoid_ if activation in _SIGMOID else _backward_native_
     for dh_block, g_block, u_block in _blocks(dh, g, u):
         backward(dh_block, g_block, u_block, activation)
+    return None
 
 
 def _backward_native_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nbtune.kernels.row_blocks import block_rows, compute_dtype
+from nbtune.kernels.triton import use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0, cast_first: bool = True) -> Tensor:
@@ -34,6 +35,10 @@ def rms_norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, cast_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The same without autograd, for functions that do their own: y [..., D], and r [rows, 1] in fp32."""
+    if use_triton(x):
+        from nbtune.kernels.triton import rms_norm as twin
+
+        return twin.forward(x, weight, eps, offset, cast_first)
     rows = x.reshape(-1, x.shape[-1])
     precision = compute_dtype(x.dtype)
     scale = _scale(weight, offset, None if cast_first else precision)
@@ -75,6 +80,10 @@ def rms_norm_backward(
     needs_weight: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """From dL/dy [..., D] dL/dx and dL/dweight (summed in fp32), in the dtypes of x and weight; None if not needed."""
+    if use_triton(x):
+        from nbtune.kernels.triton import rms_norm as twin
+
+        return twin.backward(grad, x, weight, reciprocal, offset, needs_x=needs_x, needs_weight=needs_weight)
     width = x.shape[-1]
     rows, grad_rows = x.reshape(-1, width), grad.reshape(-1, width)
     precision = reciprocal.dtype

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nbtune.kernels.row_blocks import compute_dtype
+from nbtune.kernels.triton import use_triton
 
 # Pairs of features and the place of their angle: "half": i and i + R/2, angle i, which is also angle i + R/2 (Llama).
 # "interleaved": 2i and 2i + 1, angle 2i (Cohere). "interleaved_first": 2i and 2i + 1, angle i (GLM, Ernie, Helium).
@@ -61,6 +62,11 @@ def rotate(
     width = cos.shape[-1]
     if out is not x and width < x.shape[-1]:
         out[..., width:].copy_(x[..., width:])
+    if use_triton(x):
+        from nbtune.kernels.triton import rope as twin
+
+        twin.rotate(x, cos, sin, layout=layout, inverse=inverse, out=out)
+        return out
     x_turned = x[..., :width]
     out_turned = x_turned if out is x else out[..., :width]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

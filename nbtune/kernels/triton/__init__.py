@@ -6,6 +6,7 @@ import functools
 import importlib.util
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @functools.cache
@@ -16,3 +17,8 @@ def _installed() -> bool:
 def use_triton(x: Tensor) -> bool:
     """Whether to take the twin: the tensor is on a CUDA device, stored in at most 32 bits, and Triton is installed."""
     return x.is_cuda and x.element_size() <= 4 and _installed()
+
+
+def launches(x: Tensor) -> bool:
+    """Whether there is something to compute. Fake tensors have no memory: a plan only counts what a twin allocates."""
+    return x.numel() > 0 and not isinstance(x, FakeTensor)
