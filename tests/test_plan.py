@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import pytest
@@ -10,17 +9,14 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-import nbtune.plan as planning
 from nbtune.data import Example, collate
 from nbtune.fused import fused
-from nbtune.models import attach_adapter, skeleton
+from nbtune.models import attach_adapter
 from nbtune.models.training import precision, prepare_for_training
 from nbtune.modules.checkpointing import checkpoint_blocks
-from nbtune.plan.memory import Step
 from nbtune.plan.model import step as planned_step
 from nbtune.plan.model import weigh
-from nbtune.plan.trace import Span, Trace
-from nbtune.spec import ModelSpec, RunSpec
+from nbtune.spec import RunSpec
 from nbtune.train.loss import CausalLMLoss
 
 CPU = torch.device("cpu")

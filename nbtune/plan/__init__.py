@@ -66,8 +66,10 @@ class Plan:
         return f"{format_bytes(self.peak_bytes)}{duration} ({parts}){chosen}"
 
 
-def plan(spec: RunSpec) -> Plan:
+def plan(spec: RunSpec, *, available_bytes: int | None = None) -> Plan:
     """Predict the memory and the time of `spec` on this machine, and choose what fits.
+
+    `available_bytes` is the memory there is for the process; None is what is free, and what this process has already.
 
     Raises ModelError where the model is not known, AdapterError where the method does not fit it.
     """
@@ -77,6 +79,7 @@ def plan(spec: RunSpec) -> Plan:
     device = default_device()
     dtype = compute_dtype(spec.model.dtype, device)
     held, available = _memory(device)
+    available = available if available_bytes is None else available_bytes
     weights = weigh(spec, device)
     layout, fitting = None, None
     for layout in _layouts(spec, device, weights):
