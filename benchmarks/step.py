@@ -26,7 +26,10 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 1.0
 
 
 def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
+    """A step as nbtune's session and loop take it."""
     from nbtune.data import Example, collate
+    from nbtune.fused import fused
+    from nbtune.kernels.casts import casts_kept
     from nbtune.models import load
     from nbtune.peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from nbtune.spec import ModelSpec
@@ -39,17 +42,21 @@ def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
     loss_model = CausalLMLoss(loaded.model).train()
     parameters = trained(loss_model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    yield _ready(loaded.model)
-    for block in blocks:
-        batch = collate([[Example(row, row)] for row in block]).to(loaded.device)
-        loss = loss_model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seq_lens, batch.max_length)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        if loaded.device.type == "cpu":
-            trim_heap()  # as nbtune's loop does
-        yield _came_to(loss, grad_norm, block, loaded.model)
+    with fused(loaded.model) as layers:
+        yield {**_ready(loaded.model), "fused": dict(layers.counts)}
+        for block in blocks:
+            batch = collate([[Example(row, row)] for row in block]).to(loaded.device)
+            with casts_kept():
+                loss = loss_model(
+                    batch.input_ids, batch.labels, batch.position_ids, batch.cu_seq_lens, batch.max_length
+                ).loss
+                loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            if loaded.device.type == "cpu":
+                trim_heap()
+            yield _came_to(loss, grad_norm, block, loaded.model)
 
 
 def theirs(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
@@ -99,9 +106,11 @@ def blocks_of_text(model: str, steps: int, rows: int, length: int) -> np.ndarray
     from nbtune.models import load_tokenizer
     from nbtune.spec import DataSpec, ModelSpec
 
-    examples = load_examples(DataSpec(), load_tokenizer(ModelSpec(name=model)), max_length=512).train
+    needed = steps * rows * length
+    data = DataSpec(max_rows=100 + needed // 30)  # of about 60 tokens each
+    examples = load_examples(data, load_tokenizer(ModelSpec(name=model)), max_length=512).train
     tokens = np.concatenate([example.input_ids for example in examples])
-    return np.resize(tokens, (steps, rows, length)).astype(np.int32)
+    return tokens[:needed].reshape(steps, rows, length)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
