@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nbtune.kernels.triton import use_triton
+
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk; held in the dtype of the hidden states
 BLOCK_BYTES = 4 * 2**20  # fp32 logits of one block: with its softmax a share of the L3 cache
@@ -131,9 +133,14 @@ class _Logits(NamedTuple):
         Args:
             product: What the head gives [C, V].
             labels: [C].
-            scratch: Two blocks of rows to compute in, both [B, V], fp32 or fp64.
+            scratch: Two blocks of rows to compute in, both [B, V], fp32 or fp64; Triton needs none.
             gradient: Becomes the gradient of the summed loss by the scaled product [C, V]; may be `product` itself.
         """
+        if use_triton(product):
+            from nbtune.kernels.triton.cross_entropy import cross_entropy
+
+            options = {"scale": self.scale, "softcap": self.softcap, "smoothing": self.smoothing}
+            return cross_entropy(product, labels, **options, gradient=gradient)
         sums = scratch[0].new_zeros(3)
         size = len(scratch[0])
         for start in range(0, len(labels), size):
@@ -187,9 +194,10 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def _scratch(hidden: Tensor, vocabulary: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Two blocks of logits [B, V] in the precision that the loss is computed in."""
+    """Two blocks of logits [B, V] in the precision that the loss is computed in; empty where Triton computes it."""
     dtype = _precision(hidden)
-    block = hidden.new_empty(_block_rows(chunk, dtype.itemsize * vocabulary, hidden.device), vocabulary, dtype=dtype)
+    rows = 0 if use_triton(hidden) else _block_rows(chunk, dtype.itemsize * vocabulary, hidden.device)
+    block = hidden.new_empty(rows, vocabulary, dtype=dtype)
     return block, torch.empty_like(block)
 
 

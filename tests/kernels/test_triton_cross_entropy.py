@@ -57,6 +57,12 @@ def check_edges(device):
     sums = twin.cross_entropy(product, torch.tensor([4, 8000, 5], device=device), **options, gradient=product)
     torch.testing.assert_close(sums.cpu(), torch.tensor([2 * 0.6931472 + 1e4 + 0.6931472, 1, 3 * 0.6931472]))
     assert product.isfinite().all()
+    by_column = torch.randn(9, 4, device=device).T
+    labels, gradient = torch.tensor([1, 3, 5, 8], device=device), torch.empty_like(by_column)
+    sums = twin.cross_entropy(by_column, labels, **options, gradient=gradient)
+    right, right_gradient = exact(by_column, labels, **options)
+    torch.testing.assert_close(sums.double(), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), right_gradient, rtol=1e-5, atol=1e-6)
     none = twin.cross_entropy(product[:0], torch.empty(0, dtype=torch.long, device=device), **options, gradient=None)
     assert none.tolist() == [0, 0, 0]
 
@@ -86,7 +92,7 @@ def test_on_a_gpu(vocabulary):
 @pytest.mark.parametrize(("capped", "gradient"), [(True, "*bf16"), (False, None)])
 def test_it_compiles(capped, gradient, capability):
     tensors = {"product": "*bf16", "labels": "*i64", "sums": "*fp32", "gradient": gradient}
-    sizes = dict.fromkeys(("vocabulary", "product_stride", "gradient_stride"), "i32")
+    sizes = dict.fromkeys(("vocabulary", "product_row", "product_column", "gradient_row", "gradient_column"), "i32")
     numbers = dict.fromkeys(("scale", "softcap", "smoothing"), "fp32")
     constants = {"HAS_CAP": capped, "TILE": twin.TILE}
     assert machine_code(

@@ -25,13 +25,13 @@ def cross_entropy(
     """Loss, correct rows and entropy (nats), summed over the rows of a chunk: [3], fp32.
 
     Args:
-        product: What the head gives [C, V], rows contiguous. The logits are `product * scale`, then soft-capped.
+        product: What the head gives [C, V], any strides. The logits are `product * scale`, then soft-capped.
         labels: The target of each row [C], from 0 to V - 1.
         scale: Factor on the product.
         softcap: `softcap * tanh(logits / softcap)` is taken for the logits.
         smoothing: Share of the target that all V words have alike.
-        gradient: Becomes the gradient of the summed loss by the scaled product [C, V] (so without `scale`), rows
-            contiguous; may be `product` itself.
+        gradient: Becomes the gradient of the summed loss by the scaled product [C, V], any strides (so it lacks the
+            factor `scale`); may be `product` itself.
     """
     rows, vocabulary = product.shape
     sums = torch.empty(rows, 3, dtype=torch.float32, device=product.device)
@@ -42,8 +42,8 @@ def cross_entropy(
             sums,
             gradient,
             vocabulary,
-            product.stride(0),
-            0 if gradient is None else gradient.stride(0),
+            *product.stride(),
+            *((0, 1) if gradient is None else gradient.stride()),
             scale,
             0.0 if softcap is None else softcap,
             smoothing,
@@ -55,9 +55,9 @@ def cross_entropy(
 
 
 @triton.jit
-def _logits(product, column, vocabulary, scale, softcap, HAS_CAP: tl.constexpr):
+def _logits(product, stride, column, vocabulary, scale, softcap, HAS_CAP: tl.constexpr):
     """The logits of some columns in fp32, -inf past the vocabulary."""
-    logits = tl.load(product + column, mask=column < vocabulary, other=0.0).to(tl.float32) * scale
+    logits = tl.load(product + column.to(tl.int64) * stride, mask=column < vocabulary, other=0.0).to(tl.float32) * scale
     if HAS_CAP:
         decay = tl.exp(-2 * tl.abs(logits) / softcap)  # tanh |x| = (1 - exp(-2 |x|)) / (1 + exp(-2 |x|))
         capped = softcap * (1 - decay) / (1 + decay)
@@ -72,8 +72,10 @@ def _cross_entropy(
     sums,
     gradient,
     vocabulary,
-    product_stride,
-    gradient_stride,
+    product_row,
+    product_column,
+    gradient_row,
+    gradient_column,
     scale,
     softcap,
     smoothing,
@@ -81,7 +83,7 @@ def _cross_entropy(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    product += row * product_stride
+    product += row * product_row
     label = tl.load(labels + row)
 
     largest = tl.full((), float("-inf"), tl.float32)
@@ -93,9 +95,9 @@ def _cross_entropy(
     for start in range(0, vocabulary, TILE):
         column = start + tl.arange(0, TILE)
         exists = column < vocabulary
-        logits = _logits(product, column, vocabulary, scale, softcap, HAS_CAP)
-        peak, place = tl.max(logits, 0, return_indices=True)
-        best = tl.where(peak > largest, start + place, best)
+        logits = _logits(product, product_column, column, vocabulary, scale, softcap, HAS_CAP)
+        peak, peak_column = tl.max(logits, 0, return_indices=True)
+        best = tl.where(peak > largest, start + peak_column, best)
         rise = tl.where(start > 0, tl.maximum(peak - largest, 0.0), 0.0)
         largest = tl.maximum(largest, peak)
         shrink = tl.exp(-rise)
@@ -108,18 +110,20 @@ def _cross_entropy(
         expected += tl.sum(tl.where(column == label, logits, 0.0), 0)
 
     logarithm = tl.log(weight)
-    expected = (1 - smoothing) * expected + smoothing * total / vocabulary
-    tl.store(sums + row * 3, largest + logarithm - expected)
+    # Relative to the largest, as all else: far from zero their difference would lose its digits.
+    expected = (1 - smoothing) * (expected - largest) + smoothing * (total / vocabulary - largest)
+    tl.store(sums + row * 3, logarithm - expected)
     tl.store(sums + row * 3 + 1, (best == label).to(tl.float32))
     tl.store(sums + row * 3 + 2, logarithm - weighted / weight)
 
     if gradient is not None:
-        gradient += row * gradient_stride
+        gradient += row * gradient_row
         for start in range(0, vocabulary, TILE):
             column = start + tl.arange(0, TILE)
-            logits = _logits(product, column, vocabulary, scale, softcap, HAS_CAP)
+            logits = _logits(product, product_column, column, vocabulary, scale, softcap, HAS_CAP)
             slope = tl.exp(logits - largest) / weight - smoothing / vocabulary
             slope -= tl.where(column == label, 1 - smoothing, 0.0)
             if HAS_CAP:
                 slope *= 1 - (logits / softcap) * (logits / softcap)
-            tl.store(gradient + column, slope.to(gradient.dtype.element_ty), mask=column < vocabulary)
+            target = gradient + column.to(tl.int64) * gradient_column
+            tl.store(target, slope.to(gradient.dtype.element_ty), mask=column < vocabulary)
