@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PADDING = 16  # segments are padded to a multiple of it, so that many share a tile, and oneDNN compiles few shapes
-QUERY_BLOCK = 64  # queries of a segment in a block: with fewer, fewer hidden keys are multiplied, but in more calls
-SCORE_BYTES = 2 << 20  # bound on the scores of a block, which are passed over several times while they are in the cache
+PADDING = 16  # blocks are multiples of it, so that many segments share a tile, and oneDNN compiles few shapes
+QUERY_BLOCK = 64  # most queries of a segment in a block: with fewer, fewer hidden keys are multiplied, in more calls
+SCORE_BYTES = 4 << 20  # bound on the scores of a block, which are passed over several times while they are in a cache
 
 
 class Workspace:
@@ -22,13 +22,18 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """An uninitialised tensor, good until `name` is taken again. A name has one dtype."""
+        if (view := self._views.get((name, shape))) is not None:
+            return view
         size = math.prod(shape)
         if name not in self._held or len(self._held[name]) < size:
             self._held[name] = torch.empty(size, dtype=dtype, device=self._device)
-        return self._held[name][:size].view(shape)
+            self._views = {key: view for key, view in self._views.items() if key[0] != name}
+        view = self._views[name, shape] = self._held[name][:size].view(shape)
+        return view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class PaddedRow:
 def padded_row(borders: tuple[int, ...], device: torch.device) -> PaddedRow:
     """The layout of a row whose segment i is tokens borders[i] to borders[i + 1]."""
     segments = [(start, end) for start, end in itertools.pairwise(borders) if end > start]
-    padded = sorted((-(-(end - start) // PADDING) * PADDING, start, end) for start, end in segments)
+    padded = sorted((padded_length(end - start), start, end) for start, end in segments)
     groups = tuple((length, len(list(group))) for length, group in itertools.groupby(length for length, _, _ in padded))
     if padded == [(end - start, start, end) for start, end in segments]:
         return PaddedRow(borders[-1], groups, None, None, None)
@@ -81,27 +86,32 @@ def padded_row(borders: tuple[int, ...], device: torch.device) -> PaddedRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Queries of each segment of a tile, and the keys that they see some of. A prefix's keys come first."""
-
-    queries: slice
-    keys: slice
-
-
-@dataclasses.dataclass(frozen=True)
 class Tile:
-    """Segments of one length that are neighbours in a padded row, and heads, which are computed as one batch."""
+    """Segments of one length that are neighbours in a padded row, and heads, which are computed as one batch.
+
+    The queries of each segment are in blocks of `size`; block i of all segments is one batch.
+    """
 
     start: int
     segments: int
     length: int
+    size: int
     heads: slice  # of keys and values
-    blocks: tuple[Block, ...]
 
-    def of(self, row: Tensor) -> Tensor:
-        """Its part of a padded row [tokens, kv_heads, ...], as a view [segments, length, heads, ...]."""
-        part = row[self.start : self.start + self.segments * self.length, self.heads]
-        return part.unflatten(0, (self.segments, self.length))
+    def keys(self, row: Tensor) -> Tensor:
+        """Its part of a padded row [tokens, kv_heads, width], as a view [segments, heads, length, width]."""
+        return self._of(row).unflatten(0, (self.segments, self.length)).transpose(1, 2)
+
+    def queries(self, row: Tensor) -> Tensor:
+        """Its part of a padded row [tokens, kv_heads, group, ...]; a view [blocks, segments, heads, group, size, ...]
+
+        whose `heads` are those of keys.
+        """
+        by_segment = self._of(row).unflatten(0, (self.segments, self.length // self.size, self.size))
+        return by_segment.transpose(0, 1).movedim(2, 4)
+
+    def _of(self, row: Tensor) -> Tensor:
+        return row[self.start : self.start + self.segments * self.length, self.heads]
 
 
 def tiles(row: PaddedRow, kv_heads: int, group: int, before: int, window: int | None, itemsize: int) -> Iterator[Tile]:
@@ -117,24 +127,24 @@ def tiles(row: PaddedRow, kv_heads: int, group: int, before: int, window: int | 
     """
     start = 0
     for length, count in row.groups:
-        blocks = tuple(_blocks(length, before, window))
-        head_bytes = group * itemsize * max(_size(block.queries) * _size(block.keys) for block in blocks)
+        size = _block_size(length)
+        keys = before + length if window is None else min(before + length, window + size)
+        head_bytes = group * size * keys * itemsize
         heads = min(kv_heads, max(1, SCORE_BYTES // head_bytes))
         step = max(1, SCORE_BYTES // (head_bytes * kv_heads))
         for first in range(0, count, step):
-            segments = min(step, count - first)
             for head in range(0, kv_heads, heads):
                 some = slice(head, min(head + heads, kv_heads))
-                yield Tile(start + first * length, segments, length, some, blocks)
+                yield Tile(start + first * length, min(step, count - first), length, size, some)
         start += count * length
 
 
-def _blocks(length: int, before: int, window: int | None) -> Iterator[Block]:
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        first_seen = 0 if window is None else max(0, before + start - window + 1)
-        yield Block(slice(start, end), slice(first_seen // PADDING * PADDING, before + end))
+def _block_size(length: int) -> int:
+    """Queries of a block, for segments of a length that is `padded_length` of something."""
+    return length // -(-length // QUERY_BLOCK)
 
 
-def _size(span: slice) -> int:
-    return span.stop - span.start
+def padded_length(length: int) -> int:
+    """The least length that equal blocks of up to `QUERY_BLOCK` queries fill."""
+    blocks = -(-length // QUERY_BLOCK)
+    return blocks * PADDING * -(-length // (blocks * PADDING))
