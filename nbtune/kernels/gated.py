@@ -53,7 +53,7 @@ def gated(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> T
             x = gate.to(compute_dtype(g.dtype))
             h.copy_(_sigmoid(x, activation, out=torch.empty_like(x)).mul_(x).mul_(values))
         else:
-            h.copy_(ACTIVATIONS[activation](gate)).mul_(values)
+            _native(gate, activation, out=h).mul_(values)
     return out
 
 
@@ -62,15 +62,15 @@ def gated_backward_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
     if use_triton(g):
         from nbtune.kernels.triton import gated as twin
 
-        return twin.backward_(dh, g, u, activation)
+        twin.backward_(dh, g, u, activation)
+        return
     backward = _backward_sigmoid_ if activation in _SIGMOID else _backward_native_
     for dh_block, g_block, u_block in _blocks(dh, g, u):
         backward(dh_block, g_block, u_block, activation)
-    return None
 
 
 def _backward_native_(dh: Tensor, g: Tensor, u: Tensor, activation: str) -> None:
-    active = ACTIVATIONS[activation](g)
+    active = _native(g, activation, out=torch.empty_like(g))
     product = dh * u
     if activation == "silu":
         torch.ops.aten.silu_backward.grad_input(product, g, grad_input=g)
@@ -99,6 +99,15 @@ def _blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
     """Views of the same rows of each, few enough to stay in cache on a CPU."""
     rows = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
     return zip(*(part.split(block_rows(part)) for part in rows), strict=True)
+
+
+def _native(x: Tensor, activation: str, out: Tensor) -> Tensor:
+    """The activation of x into `out`, which may be x."""
+    if activation == "silu":
+        return torch.ops.aten.silu.out(x, out=out)
+    if activation == "gelu":
+        return torch.ops.aten.gelu.out(x, out=out)
+    return torch.clamp_min(x, 0, out=out)
 
 
 def _sigmoid(x: Tensor, activation: str, out: Tensor) -> Tensor:
