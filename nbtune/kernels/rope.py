@@ -15,8 +15,9 @@ from nbtune.kernels.triton import use_triton
 
 # Pairs of features and the place of their angle: "half": i and i + R/2, angle i, which is also angle i + R/2 (Llama).
 # "interleaved": 2i and 2i + 1, angle 2i (Cohere). "interleaved_first": 2i and 2i + 1, angle i (GLM, Ernie, Helium).
-Layout = Literal["half", "interleaved", "interleaved_first"]
-LAYOUTS: tuple[Layout, ...] = ("half", "interleaved", "interleaved_first")
+# "half_once": as "half", but each angle is given once, so that R is up to twice their number (gpt-oss).
+Layout = Literal["half", "interleaved", "interleaved_first", "half_once"]
+LAYOUTS: tuple[Layout, ...] = ("half", "interleaved", "interleaved_first", "half_once")
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half") -> tuple[Tensor, Tensor]:
@@ -25,7 +26,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "ha
     Args:
         q: Queries [B, heads, T, head_dim], any strides.
         k: Keys [B, kv_heads, T, head_dim], any strides.
-        cos: Cosines as transformers gives them for the layout, [B or 1, T, R]; features after the first R pass through.
+        cos: Cosines as transformers gives them for the layout, [B or 1, T, R], or R/2 for "half_once"; features after
+            the first R pass through.
         sin: Sines, alike.
         layout: Which features are a pair, and where its angle is.
 
@@ -60,17 +62,22 @@ def rotate(
         batch, heads, tokens, head_dim = x.shape
         out = torch.empty(batch, tokens, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
     width = cos.shape[-1]
+    if layout == "half_once":
+        width = min(2 * width, x.shape[-1])
+        cos, sin = cos[..., : width // 2], sin[..., : width // 2]
     if out is not x and width < x.shape[-1]:
         out[..., width:].copy_(x[..., width:])
     if use_triton(x):
         from nbtune.kernels.triton import rope as twin
 
-        twin.rotate(x, cos, sin, layout=layout, inverse=inverse, out=out)
+        twin.rotate(x, cos, sin, width // 2, layout=layout, inverse=inverse, out=out)
         return out
     x_turned = x[..., :width]
     out_turned = x_turned if out is x else out[..., :width]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if layout == "half":
+    if layout == "half_once":
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    if layout in ("half", "half_once"):
         _turn_halves(x_turned, cos, sin, inverse, out_turned)
     else:
         angles = slice(0, None, 2) if layout == "interleaved" else slice(width // 2)

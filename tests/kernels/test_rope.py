@@ -8,6 +8,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.ernie4_5 import modeling_ernie4_5
 from transformers.models.glm import modeling_glm
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.olmo2 import modeling_olmo2
 
@@ -20,6 +21,7 @@ CASES = [
     (modeling_cohere, "interleaved", HEAD_DIM),
     (modeling_glm, "interleaved_first", 8),
     (modeling_ernie4_5, "interleaved_first", HEAD_DIM),
+    (modeling_gpt_oss, "half_once", HEAD_DIM),
 ]
 
 
@@ -28,7 +30,8 @@ def inputs(width, dtype=torch.float32, layout="half", batch=1):
     q, k = (torch.randn(B, T, heads * HEAD_DIM).to(dtype) for heads in (HEADS, KV_HEADS))
     q, k = (x.view(B, T, -1, HEAD_DIM).transpose(1, 2) for x in (q, k))
     angle = torch.rand(batch, T, width // 2) * 6
-    angle = angle.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat([angle, angle], -1)
+    if layout != "half_once":
+        angle = angle.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat([angle, angle], -1)
     return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -96,6 +99,12 @@ def test_a_rotation_is_undone_by_its_inverse_and_may_be_in_place(layout, width):
     assert torch.equal(mine, turned)
     mine = torch.full((B, HEADS, T, HEAD_DIM), torch.nan, dtype=torch.float64)
     assert torch.equal(rotate(q, cos, sin, layout=layout, out=mine), turned)
+
+
+def test_angles_given_twice_may_be_read_once():
+    q, k, cos, sin = inputs(HEAD_DIM)
+    for once, twice in zip(rope(q, k, cos, sin, layout="half_once"), rope(q, k, cos, sin), strict=True):
+        assert torch.equal(once, twice)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

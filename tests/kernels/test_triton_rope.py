@@ -19,21 +19,22 @@ def inputs(device, layout, dtype, angle_dtype, batch=2, tokens=5, heads=3, head_
     torch.manual_seed(0)
     x = torch.randn(batch, tokens, heads, head_dim, device=device).to(dtype).transpose(1, 2)
     half = torch.randn(2, angles, tokens, width // 2, device=device)
-    full = half.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat([half, half], -1)
-    cos, sin = full.to(angle_dtype).unbind()
+    if layout != "half_once":
+        half = half.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat([half, half], -1)
+    cos, sin = half.to(angle_dtype).unbind()
     return x, cos.mT.contiguous().mT, sin
 
 
 def check(device, layout, dtype, angle_dtype, sizes):
     x, cos, sin = inputs(device, layout, dtype, angle_dtype, **sizes)
-    width = cos.shape[-1]
+    width = cos.shape[-1] * (2 if layout == "half_once" else 1)
     for inverse in (False, True):
         right = rotate(x.double(), cos.double(), sin.double(), layout=layout, inverse=inverse)
         own = x.clone(memory_format=torch.preserve_format)
-        twin.rotate(own, cos, sin, layout=layout, inverse=inverse, out=own)
+        twin.rotate(own, cos, sin, width // 2, layout=layout, inverse=inverse, out=own)
         other = torch.empty(x.shape, dtype=dtype, device=device)  # head-major
         other[..., width:] = x[..., width:]
-        twin.rotate(x, cos, sin, layout=layout, inverse=inverse, out=other)
+        twin.rotate(x, cos, sin, width // 2, layout=layout, inverse=inverse, out=other)
         assert torch.equal(own, other)
         scale = right.abs().max().item()
         torch.testing.assert_close(other.double(), right, atol=TOLERANCES[dtype] * scale, rtol=0)

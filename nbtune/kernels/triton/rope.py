@@ -14,13 +14,12 @@ from nbtune.kernels.triton import launches
 TILE_ELEMENTS = 1024  # pairs of one program
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, inverse: bool, out: Tensor) -> None:
-    """Turn the first R features of x [B, heads, T, head_dim] into those of `out`, any strides; it may be x itself.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, half: int, *, layout: str, inverse: bool, out: Tensor) -> None:
+    """Turn the first 2 `half` features of x [B, heads, T, head_dim] into `out`, any strides; it may be x itself.
 
-    `cos` and `sin` [B or 1, T, R], `layout` and `inverse` are those of `rope.rotate`.
+    `cos` and `sin` [B or 1, T, R, or R/2 where they are given once], `layout` and `inverse` are those of `rope.rotate`.
     """
     batch, heads, tokens, _ = x.shape
-    half = cos.shape[-1] // 2
     tile = triton.next_power_of_2(half)
     tile_heads = min(triton.next_power_of_2(heads), max(1, TILE_ELEMENTS // tile))
     if cos.stride() != sin.stride():
@@ -78,14 +77,15 @@ def _rotate(
     pair = tl.arange(0, TILE)
     exists = pair < half
     mask = (head < heads)[:, None] & exists[None, :]
-    if LAYOUT == "half":
+    if LAYOUT == "half" or LAYOUT == "half_once":
         first, second = pair, pair + half
-        first_angle, second_angle = first, second
-    elif LAYOUT == "interleaved":
-        first, second = 2 * pair, 2 * pair + 1
-        first_angle, second_angle = first, first
     else:
         first, second = 2 * pair, 2 * pair + 1
+    if LAYOUT == "half":
+        first_angle, second_angle = first, second
+    elif LAYOUT == "interleaved":
+        first_angle, second_angle = first, first
+    else:
         first_angle, second_angle = pair, pair
 
     angle = batch * angle_batch + token * angle_token
