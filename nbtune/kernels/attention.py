@@ -1,7 +1,7 @@
 """Attention over packed examples: each segment of a flat row sees only itself.
 
-A packed row is [1, T] with `cu_seq_lens_q` saying where its examples begin. Looping over the segments keeps the cost at
-the sum of their squares; a T x T block mask costs the square of their sum, 5 to 13 times more at T = 2,048 on a CPU.
+A packed row is [1, T] with `cu_seq_lens_q` saying where its examples begin. Its cost is the sum of their squares; a T x
+T block mask costs the square of their sum, 5 to 13 times more at T = 2,048 on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from nbtune.errors import ModelError
+from nbtune.kernels import cuda_attention
+from nbtune.kernels.segment_attention import segment_attention
 
 NAME = "nbtune_packed"  # the value of `attn_implementation`
 
@@ -51,42 +53,96 @@ def packed_attention(
         scaling: Factor on the scores; None is 1 / sqrt(head_dim).
         dropout: Probability of dropping an attention weight.
         sliding_window: A token sees itself and the `sliding_window - 1` before it.
-        softcap: Not computed here; refused.
-        s_aux: Attention sinks; not computed here; refused.
+        softcap: Bound of the scores (Gemma 2).
+        s_aux: Attention sinks [heads] (gpt-oss).
         cu_seq_lens_q: Segment borders [segments + 1], int32, from 0 to T.
         prefix: For each layer keys and values [1, kv_heads, P, head_dim] that stand before every segment: tokens of
             all segments see them (prefix tuning).
 
     Returns:
         The outputs [1, T, heads, head_dim], and None for the weights.
+
+    Raises:
+        ModelError: Without segments, or for a dropout together with `softcap` or `s_aux`.
     """
-    if softcap is not None or s_aux is not None:
-        feature = "soft-capped scores" if softcap is not None else "attention sinks"
-        raise ModelError("This model's attention is not supported", f"{type(module).__name__} uses {feature}.")
     if cu_seq_lens_q is None or attention_mask is not None:
         raise ModelError(
             "Packed attention was called without segments",
             f"{type(module).__name__} is set to {NAME!r}, which trains on packed rows and needs `cu_seq_lens_q`.",
             "To generate, load the model again or call `model.set_attn_implementation('sdpa')`.",
         )
-
     borders = cu_seq_lens_q.tolist()
-    grouped = key.shape[1] != query.shape[1]
-    outputs = []
     before = None
     if prefix is not None:
-        before = [tensor.to(key.dtype) for tensor in prefix[int(module.layer_idx)]]  # pyright: ignore[reportArgumentType]
+        keys, values = prefix[int(module.layer_idx)]  # pyright: ignore[reportArgumentType]
+        before = keys.to(key.dtype), values.to(value.dtype)
+    if dropout > 0:
+        if softcap is not None or s_aux is not None:
+            feature = "soft-capped scores" if softcap is not None else "attention sinks"
+            message = f"{type(module).__name__} has {feature}, and its configuration asks for a dropout of {dropout}."
+            raise ModelError("No attention dropout for this model", message, "Set `attention_dropout` to 0.")
+        return _with_dropout(query, key, value, borders, scaling, dropout, sliding_window, before), None
+    return row_attention(
+        query,
+        key,
+        value,
+        borders,
+        scaling=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        prefix=before,
+    ), None
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Sequence[int],
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`segment_attention` with these arguments, by the kernel that suits the device.
+
+    On a CUDA device flash attention; flex attention for what it has not (soft-capping, sinks, a prefix, fp32); and
+    where Triton is missing, as on a CPU, `segment_attention` itself.
+    """
+    if not (softcap or sinks is not None or prefix is not None) and cuda_attention.has_flash(query, value):
+        return cuda_attention.flash_attention(query, key, value, borders, scaling=scaling, window=window)
+    attention = cuda_attention.flex_attention if cuda_attention.has_flex(query) else segment_attention
+    return attention(
+        query, key, value, borders, scaling=scaling, window=window, softcap=softcap, sinks=sinks, prefix=prefix
+    )
+
+
+def _with_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Sequence[int],
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    prefix: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    outputs = []
     for start, end in itertools.pairwise(borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if before is not None:
-            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        mask = _mask(end - start, k.shape[2], sliding_window, query.device)
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
+        mask = _mask(end - start, k.shape[2], window, query.device)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -78,9 +78,10 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        *inputs, output, logsumexp = ctx.saved_tensors
-        return *_Attention(*inputs, ctx.options).backward(grad, output, logsumexp), None
+    def backward(ctx, grad):  # noqa: ANN001, ANN205 # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, sinks, prefix_key, prefix_value, output, logsumexp = ctx.saved_tensors
+        attention = _Attention(query, key, value, sinks, prefix_key, prefix_value, ctx.options)
+        return *attention.backward(grad, output, logsumexp), None
 
 
 class _Attention:
@@ -96,7 +97,7 @@ class _Attention:
         prefix_value: Tensor | None,
         options: _Options,
     ) -> None:
-        self.row = padded_row(options.borders, query.device)
+        self.row = padded_row(options.borders)
         self.grouped = (key.shape[1], query.shape[1] // key.shape[1])
         self.query = self.row.load(query[0].transpose(0, 1)).unflatten(1, self.grouped)
         self.key, self.value = (self.row.load(tensor[0].transpose(0, 1)) for tensor in (key, value))
@@ -158,13 +159,20 @@ class _Attention:
                     probabilities = self._scaled_product("probabilities", queries[block], keys[:, seen])
                     self._mask(probabilities, tile, block, seen)
                     probabilities.exp_()
+                    slope = None
                 else:
                     row_sums = tile.queries(logsumexp)[block].reshape(*queries.shape[1:3], 1)
                     probabilities, slope = self._capped(
                         plain_queries[block], scaled_keys[:, seen], row_sums, tile, block
                     )
+                if (
+                    self.sinks is None
+                ):  # subtracts once more what is left of the mean, which rounded probabilities change
+                    torch._softmax_backward_data(score_grads, probabilities, -1, self.dtype, grad_input=score_grads)
+                else:
+                    score_grads.mul_(probabilities)
+                if slope is not None:
                     score_grads.mul_(slope)
-                score_grads.mul_(probabilities)
                 self._add_product(value_sums[:, seen], probabilities, plain_grads[block])
                 self._add_product(key_sums[:, seen], score_grads, plain_queries[block])
                 torch.bmm(score_grads, plain_keys[:, seen], out=query_grads[block])

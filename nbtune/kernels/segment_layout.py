@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,39 +51,44 @@ class PaddedRow:
 
     tokens: int
     groups: tuple[tuple[int, int], ...]
-    source: Tensor | None
-    target: Tensor | None
-    padding: Tensor | None
+    source: np.ndarray | None
+    target: np.ndarray
+    padding: np.ndarray
 
     def load(self, row: Tensor) -> Tensor:
         """The tensor [T, ...] padded; padding repeats a segment's first token."""
-        return row if self.source is None else row.index_select(0, self.source)
+        return row if self.source is None else row.index_select(0, _index(self.source, row.device))
 
     def load_with_zeros(self, row: Tensor) -> Tensor:
         """The tensor [T, ...] padded with zeros."""
-        if self.source is None or self.padding is None:
-            return row
-        return row.index_select(0, self.source).index_fill_(0, self.padding, 0)
+        return row if self.source is None else self.load(row).index_fill_(0, _index(self.padding, row.device), 0)
 
     def store(self, padded: Tensor) -> Tensor:
         """The tensor [T, ...] of a padded one."""
-        return padded if self.target is None else padded.index_select(0, self.target)
+        return padded if self.source is None else padded.index_select(0, _index(self.target, padded.device))
 
 
-@functools.lru_cache(maxsize=16)  # all layers of a model see the same row
-def padded_row(borders: tuple[int, ...], device: torch.device) -> PaddedRow:
-    """The layout of a row whose segment i is tokens borders[i] to borders[i + 1]."""
+def _index(numbers: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=16)
+def padded_row(borders: tuple[int, ...]) -> PaddedRow:
+    """The layout of a row whose segment i is tokens borders[i] to borders[i + 1].
+
+    It is kept, since all layers of a model see the same row, and holds arrays: tensors could be a planner's fake ones.
+    """
     segments = [(start, end) for start, end in itertools.pairwise(borders) if end > start]
     padded = sorted((padded_length(end - start), start, end) for start, end in segments)
     groups = tuple((length, len(list(group))) for length, group in itertools.groupby(length for length, _, _ in padded))
-    if padded == [(end - start, start, end) for start, end in segments]:
-        return PaddedRow(borders[-1], groups, None, None, None)
     source, target, padding = [], [0] * borders[-1], []
     for length, start, end in padded:
         target[start:end] = range(len(source), len(source) + end - start)
         padding += range(len(source) + end - start, len(source) + length)
         source += [*range(start, end), *[start] * (length - end + start)]
-    return PaddedRow(len(source), groups, *(torch.tensor(index, device=device) for index in (source, target, padding)))
+    moved = source != list(range(borders[-1]))
+    arrays = (np.array(index, dtype=np.int64) for index in (target, padding))
+    return PaddedRow(len(source), groups, np.array(source, dtype=np.int64) if moved else None, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +109,9 @@ class Tile:
         return self._of(row).unflatten(0, (self.segments, self.length)).transpose(1, 2)
 
     def queries(self, row: Tensor) -> Tensor:
-        """Its part of a padded row [tokens, kv_heads, group, ...]; a view [blocks, segments, heads, group, size, ...]
+        """Its part of a padded row [tokens, kv_heads, group, ...]; a view [blocks, segments, heads, group, size, ...].
 
-        whose `heads` are those of keys.
+        Its `heads` are those of keys.
         """
         by_segment = self._of(row).unflatten(0, (self.segments, self.length // self.size, self.size))
         return by_segment.transpose(0, 1).movedim(2, 4)
