@@ -77,17 +77,14 @@ def flex_attention(
         before = prefix[0].shape[2]
         key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
 
-    def cap(score: Tensor, *_: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
-    mask_of = _block_mask if type(query) is Tensor else _block_mask.__wrapped__  # a planner's fake masks are not kept
+    real = type(query) is Tensor  # what is made of a planner's fake tensors is not kept
+    mask_of, cap_of = (_block_mask, _cap) if real else (_block_mask.__wrapped__, _cap.__wrapped__)
     attention = _compiled_flex() if compiled else flex.flex_attention
     output, (lse, _) = attention(
         query,
         key,
         value,
-        score_mod=None if softcap is None else cap,
+        score_mod=None if softcap is None else cap_of(softcap, query.device),
         block_mask=mask_of(tuple(borders), window, before, query.device),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -111,7 +108,17 @@ def _varlen_attention() -> Callable[..., Any] | None:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=16)
+def _cap(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    bound = torch.tensor(softcap, device=device)  # flex attention's compiler takes tensors from outside, but no floats
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return bound * torch.tanh(score / bound)
+
+    return cap
 
 
 @functools.lru_cache(maxsize=16)  # all layers of a model see the same row
