@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import subprocess
 import sys
@@ -136,3 +138,79 @@ def test_flat_row():
     assert batch.cu_seq_lens.dtype == torch.int32
     assert made[2].labels[0] == 2000  # the example itself is not changed
     assert batch.to("cpu").labels.equal(batch.labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_loss_of_packed_rows_is_that_of_each_example_alone(batch_size):
+    import transformers
+
+    from nbtune.kernels.attention import NAME, register
+    from nbtune.train.loss import CausalLMLoss
+
+    draw = np.random.default_rng(0)
+    made = []
+    for length in [2, 30, 7, 19, 11, 40, 3, 25]:
+        ids = draw.integers(0, 64, length, dtype=np.int32)
+        made.append(Example(ids, np.where(draw.random(length) < 0.4, IGNORED, ids).astype(np.int32)))
+    register()
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=8,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    alone, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in made:
+            ids, labels = (torch.from_numpy(part).long()[None] for part in (example.input_ids, example.labels))
+            count = int((labels[:, 1:] != IGNORED).sum())
+            if count:
+                alone += float(model(ids, labels=labels).loss) * count
+                tokens += count
+        model.set_attn_implementation(NAME)
+        together = 0.0
+        for rows in Batches(made, batch_size, 48).in_order():
+            batch = collate([[made[index] for index in row] for row in rows])
+            output = CausalLMLoss(model)(
+                batch.input_ids, batch.labels, batch.position_ids, batch.cu_seq_lens, batch.max_length, num_items=tokens
+            )
+            together += float(output.loss)
+    assert together == pytest.approx(alone / tokens, rel=1e-5)
+
+
+# Real files
+
+
+def texts_of(folder, name):
+    """The text of each row of a sample, whatever its form."""
+    text = (folder / name).read_text(encoding="utf-8")
+    match name:
+        case "wiki_demo.txt":
+            return [line for line in text.splitlines() if line.strip()]
+        case "c4_demo.jsonl":
+            return [json.loads(line)["text"] for line in text.splitlines()]
+        case "alpaca_en_demo.json" | "identity.json":
+            return ["\n".join((row["instruction"], row["input"], row["output"])) for row in json.loads(text)]
+        case _:
+            turns = [row["conversations"] + [row[key] for key in ("chosen",) if key in row] for row in json.loads(text)]
+            return ["\n".join(turn["value"] for turn in row) for row in turns]
+
+
+@pytest.mark.sample_data
+@pytest.mark.parametrize("max_length", [512, 1024])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alpaca_en_demo.json",
+        "identity.json",
+        "glaive_toolcall_en_demo.json",
+        "dpo_en_demo.json",
+        "c4_demo.jsonl",
+        "wiki_demo.txt",
+    ],
+)
+def test_bins_of_every_sample_are_full(samples, smollm_tokenizer, name, max_length):
+    lengths = [min(len(ids), max_length) for ids in smollm_tokenizer(texts_of(samples, name)).input_ids]
+    bins = len(pack(lengths, max_length))
+    least = math.ceil(sum(lengths) / max_length)
+    assert bins == least or sum(lengths) / (max_length * bins) > 0.97
