@@ -214,6 +214,9 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
     except AdapterError as error:
         yield _problem(error, setting_of(f"{error.title} {error.message}", spec.method))
         return
+    except ModelError as error:  # an architecture that cannot be trained
+        yield _problem(error, "model.name")
+        return
     if told:
         text = "\n".join(dict.fromkeys(str(warning.message) for warning in told))  # many layers say the same
         yield Problem("The method would warn", text, severity="warning", setting=setting_of(text, spec.method))

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from nbtune.plan.model import Weights
 
 # What is measured, on Linux; `benchmarks/plan.py --fit` prints new values. See docs/measurements.md.
-LIBRARIES_BYTES = 1_000_000_000  # Python with torch, transformers, datasets, accelerate and MLflow, a tokenizer, rows
-HEAP_SHARE = 1.05  # of the step's tensors: what the C library's heap holds beyond them, in holes of the wrong size
+LIBRARIES_BYTES = 860_000_000  # Python with torch, transformers, accelerate and datasets, a tokenizer, rows
+BITSANDBYTES_BYTES = 80_000_000
+ROWS_BYTES = 40_000_000  # of it, what comes after the plan of a run: the tokenizer and the rows
+HEAP_SHARE = 0.3  # of the step's tensors: what the C library's heap holds beyond them, in holes of the wrong size
 CUDA_SHARE = 0.1  # of all tensors: what CUDA's caching allocator and workspaces hold beyond them
 EFFICIENCY = 0.45  # share of the machine's matrix rate that a whole step reaches
 
@@ -179,7 +181,8 @@ def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -
     }
     if device.type == "cpu":
         holes = int(HEAP_SHARE * (parts["activations"] + parts["loss"]))
-        parts["overhead"] = max(LIBRARIES_BYTES, held) + holes
+        libraries = LIBRARIES_BYTES + (BITSANDBYTES_BYTES if weights.dequantised else 0)
+        parts["overhead"] = max(libraries, held + ROWS_BYTES) + holes
     else:
         parts["overhead"] = int(CUDA_SHARE * sum(parts.values()))
     return parts

@@ -35,4 +35,6 @@ def estimated_step(info: ModelInfo, weights: Weights, tokens: int, itemsize: int
     plain = Trace(Span(state, state), (forward,), loss, (Span(kept, -kept, backward // blocks),), Span())
     span = Span(2 * kept, -state, (backward + flops) // blocks)
     recomputed = Trace(Span(state, state), (again,), loss, (span,), Span())
-    return Step(plain, recomputed, weights.block_gradients, weights.other_gradients, traced=False)
+    return Step(
+        plain, recomputed, weights.block_gradients, weights.other_gradients, weights.embedding_gradient, traced=False
+    )

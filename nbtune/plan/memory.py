@@ -31,6 +31,7 @@ class Step:
     recomputed: Trace | None  # with every block computed again; None where no number above 0 is asked for
     block_gradients: tuple[int, ...]  # bytes of each block's parameters that are trained
     other_gradients: int  # of the embedding, the last norm and the head
+    embedding_gradient: int  # of it, the embedding's, the last to come
     offloaded: bool = False  # whether what a recomputed block keeps, its input, lies in another memory
     traced: bool = True
 
@@ -65,12 +66,13 @@ class Step:
         loss = self.kept.loss
         yield Peak(live, loss.peak, gradients)
         live += loss.kept
-        gradients = max(gradients, self.other_gradients)
+        # What the head, where it is the embedding, gives to it is among the loss's until the embedding's own comes.
+        gradients = max(gradients, self.other_gradients - self.embedding_gradient)
         for number in reversed(range(self.blocks)):
             span = self._block(number, checkpointed)[1]
             yield Peak(live + span.peak, 0, gradients)
             live += span.kept
-            gradients = min(everything, gradients + self.block_gradients[number])
+            gradients = gradients if accumulates else gradients + self.block_gradients[number]
         yield Peak(live + self.kept.end.peak, 0, gradients)
         yield Peak(0, 0, everything)  # the optimiser's step
 
@@ -85,3 +87,25 @@ class Step:
         if self.offloaded and number < checkpointed:
             return dataclasses.replace(forward, kept=0), dataclasses.replace(backward, kept=0)
         return forward, backward
+
+
+def extrapolated(first: Trace, second: Trace, growth: float) -> Trace:
+    """The trace of a row with `growth` times the difference of these two rows' tokens more than the first."""
+
+    def line(a: Span, b: Span) -> Span:
+        return Span(*(round(x + growth * (y - x)) for x, y in zip(_values(a), _values(b), strict=True)))
+
+    def lines(a: tuple[Span, ...], b: tuple[Span, ...]) -> tuple[Span, ...]:
+        return tuple(line(x, y) for x, y in zip(a, b, strict=True))
+
+    return Trace(
+        line(first.embedding, second.embedding),
+        lines(first.forward, second.forward),
+        line(first.loss, second.loss),
+        lines(first.backward, second.backward),
+        line(first.end, second.end),
+    )
+
+
+def _values(span: Span) -> tuple[int, int, int]:
+    return span.peak, span.kept, span.flops

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from nbtune.fused import fused
+from nbtune.kernels.linear_cross_entropy import chunk_budget
 from nbtune.models import attach_adapter, compute_dtype, skeleton
 from nbtune.models.training import prepare_for_training, trained_model
 from nbtune.modules.checkpointing import blocks_of, checkpoint_blocks
 from nbtune.peft.optimizers import create_lorafa_optimizer
-from nbtune.plan.memory import TRACED, Step
-from nbtune.plan.trace import Trace, trace_step
+from nbtune.plan.memory import TRACED, Step, extrapolated
+from nbtune.plan.trace import Span, Trace, trace_step
 from nbtune.spec import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+SHORT = 2**18  # numbers in the hidden states of a short row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Weights:
     trained: int  # parameters, not bytes
     block_gradients: tuple[int, ...]
     other_gradients: int  # of what is trained outside the blocks
+    embedding_gradient: int  # of it, the embedding's
     dequantised: int  # the largest quantised weight as floats, as it is while it is used
 
 
@@ -54,6 +58,7 @@ def weigh(spec: RunSpec, device: torch.device) -> Weights:
         trained=sum(sizes),
         block_gradients=gradients,
         other_gradients=_trained_bytes(model) - sum(gradients),
+        embedding_gradient=_trained_bytes(model.get_input_embeddings()),
         dequantised=0,
     )
     return weights if spec.model.quantised_bytes is None else _quantised(weights, linears, spec.model.quantised_bytes)
@@ -64,31 +69,55 @@ def step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, re
 
     Raises what `trace_step` raises.
     """
-    shape = rows * spec.training.max_length, spec.training.max_length
     method = json.dumps(spec.to_dict()["method"], sort_keys=True, default=str)
-    key = spec.model.model_dump_json(), method, spec.training.optim, str(device), *shape
+    key = spec.model.model_dump_json(), method, spec.training.optim, str(device), rows, spec.training.max_length
     kept = _trace(*key, recomputed=False)
     again = _trace(*key, recomputed=True) if recomputed else None
     offloaded = spec.training.activation_offloading and device.type == "cuda"
-    return Step(kept, again, weights.block_gradients, weights.other_gradients, offloaded)
+    return Step(
+        kept, again, weights.block_gradients, weights.other_gradients, weights.embedding_gradient, offloaded=offloaded
+    )
 
 
 @functools.lru_cache(maxsize=64)  # a form plans again whenever a setting changes
 def _trace(
-    model_settings: str, method: str, optim: str, device_name: str, tokens: int, segment: int, *, recomputed: bool
+    model_settings: str, method: str, optim: str, device_name: str, rows: int, length: int, *, recomputed: bool
 ) -> Trace:
-    """One step of the whole model, or of three of its blocks where all are alike."""
+    """A step on `rows` examples of `length` tokens.
+
+    Kernels go through their rows in blocks that stay in the processor's cache, so the operations of a long row are
+    many. What they allocate grows linearly with its tokens: of a long row, two short ones tell.
+    """
     device = torch.device(device_name)
     spec = RunSpec.from_dict(
         {"model": json.loads(model_settings), "method": json.loads(method), "training": {"optim": optim}}
     )
-    model = _base(spec, device)
-    checkpoint_blocks(model, len(blocks_of(model)) if recomputed else 0)
-    _adapt(model, spec)
-    _shorten(model)
-    model.train()
-    with fused(model):
-        return trace_step(model, tokens, segment, compute_dtype=compute_dtype(spec.model.dtype, device), device=device)
+    dtype = compute_dtype(spec.model.dtype, device)
+    config = _base(spec, device).config.get_text_config()
+    tokens = rows * length
+    # The loss goes through labelled rows in chunks that are alike: one is traced.
+    labelled = min(tokens - 1, max(1, chunk_budget(device) // (config.vocab_size * dtype.itemsize)))
+
+    def traced(tokens: int, segment: int) -> Trace:
+        model = _base(spec, device)
+        checkpoint_blocks(model, len(blocks_of(model)) if recomputed else 0)
+        _adapt(model, spec)
+        _shorten(model)
+        model.train()
+        with fused(model):
+            return trace_step(model, tokens, segment, labelled, compute_dtype=dtype, device=device)
+
+    short = min(length, max(64, SHORT // config.hidden_size))
+    virtual = spec.virtual_tokens
+    if tokens <= 2 * short:
+        trace = traced(tokens, length)
+    else:
+        growth = (tokens + rows * virtual - (short + virtual)) / (short + virtual)
+        trace = extrapolated(traced(short, short), traced(2 * short, short), growth)
+    # Of all labelled rows there are the hidden states and their gradient.
+    peak = trace.loss.peak + 2 * (tokens - 1 - labelled) * config.hidden_size * dtype.itemsize
+    loss = Span(peak, trace.loss.kept, trace.loss.flops * (tokens - 1) // labelled)
+    return dataclasses.replace(trace, loss=loss)
 
 
 def _base(spec: RunSpec, device: torch.device) -> PreTrainedModel:

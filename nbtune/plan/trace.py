@@ -53,14 +53,21 @@ class Trace:
 
 
 def trace_step(
-    model: PreTrainedModel, tokens: int, segment: int, *, compute_dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    tokens: int,
+    segment: int,
+    labelled: int,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
 ) -> Trace:
     """Follow a step of `model` on one flat row.
 
     Args:
         model: On the meta device, with its adapter, in train mode. Its weights become fake tensors.
-        tokens: Of the row; every one counts as labelled.
+        tokens: Of the row.
         segment: Tokens of each example in it; the last may be shorter.
+        labelled: Rows of the loss, which need not be of this row.
         compute_dtype: Of the forward pass, where the weights are fp32.
         device: Whose kernels are meant.
 
@@ -69,7 +76,7 @@ def trace_step(
     """
     borders = torch.tensor([*range(0, tokens, segment), tokens], dtype=torch.int32)  # read on the host: not fake
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    follower = _Follower()
+    follower = _Follower(labelled)
     with torch.random.fork_rng(devices=[]), fake, torch.device(device):
         _become_fake(model, follower)
         row = {
@@ -173,8 +180,9 @@ def _when_backward(states: Any, name: str, follower: _Follower) -> None:
 class _Follower(TorchDispatchMode):
     """Follows the storages that operations make, and counts the operations' FLOPs, by spans."""
 
-    def __init__(self) -> None:
+    def __init__(self, labelled: int) -> None:
         super().__init__()
+        self._labelled = labelled
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by the address of torch's own object
         self._bytes = self._most = self._flops = self._began = 0
         self._name = ""
@@ -198,8 +206,8 @@ class _Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten.nonzero.default and args[0].ndim == 1:  # the labelled rows: all
-            output = args[0].new_empty(len(args[0]), 1, dtype=torch.long)
+        if func is aten.nonzero.default and args[0].ndim == 1:
+            output = args[0].new_empty(self._labelled, 1, dtype=torch.long)
         elif func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # whether the gradient of the loss is 1
         elif _has_values(func, args, kwargs):

@@ -72,12 +72,17 @@ class PeakMemory:
         self._seen = max(self._seen, used_bytes(self._device))
         return self._seen
 
-    def __enter__(self) -> PeakMemory:
+    def restart(self) -> None:
+        """Forget what was before."""
+        self._seen = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._counted:
             _CLEAR.write_text("5")
-        else:
+
+    def __enter__(self) -> PeakMemory:
+        self.restart()
+        if self._device.type == "cpu" and not self._counted:
             threading.Thread(target=self._follow, name="nbtune-memory", daemon=True).start()
         return self
 

@@ -27,7 +27,7 @@ from nbtune.train import checkpoint
 from nbtune.train.events import Event, read_events
 from nbtune.train.loop import Outcome, Schedule, eval_batches, train
 from nbtune.train.loss import CausalLMLoss
-from nbtune.train.memory import PeakMemory, release
+from nbtune.train.memory import PeakMemory, release, trim_heap
 from nbtune.train.room import Room
 from nbtune.train.tracking import MlflowFollower
 
@@ -69,6 +69,9 @@ def _train(
     )
     on_status("loading the model")
     loaded = load(trained_model(spec), for_training=True, on_status=on_status)
+    loading_peak = memory.peak_bytes  # much of it pages of the weights' files, which the system may drop
+    trim_heap()
+    memory.restart()
     on_status("reading the data")
     dataset = load_examples(spec.data, loaded.tokenizer, spec.training.max_length, on_status=on_status)
     for reason, count in dataset.dropped.items():
@@ -80,7 +83,13 @@ def _train(
     # Blocks are fused or compiled: the compiler does not look into fused ones.
     with nullcontext() if spec.training.torch_compile else fused(loaded.model) as blocks, _offloaded(loaded, spec):
         counts = dict(blocks.counts) if blocks is not None else {}
-        on_event({**_start_event(spec, loaded, dataset, schedule, planned), "fused": counts})
+        on_event(
+            {
+                **_start_event(spec, loaded, dataset, schedule, planned),
+                "fused": counts,
+                "loading_peak_bytes": loading_peak,
+            }
+        )
         outcome = train(
             CausalLMLoss(loaded.model, spec.training.label_smoothing_factor),
             adapted,
