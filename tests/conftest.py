@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
-# A kernel, a browser and a test share two cores: OpenMP threads that spin at their barriers would stop all of them.
-# Read when torch is loaded, here and in every process that a test starts.
+# Two test processes, a kernel and a browser share two cores: OpenMP threads that wait at their barriers would stop all
+# of them. Read when torch is loaded, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Files with slow tests first, so that both processes end together. Skip what needs a GPU where there is none."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nbtune.data import Batch, Batches, Example, collate
+from nbtune.data import Batch
 from nbtune.data.packing import IGNORED
 from nbtune.errors import NbtuneError
 from nbtune.kernels.casts import casts_kept
@@ -33,6 +33,7 @@ from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap, used_bytes, wait_for
 from nbtune.train.optim import build_optimizer, learning_rate
 from nbtune.train.room import Room, is_out_of_memory
+from nbtune.train.schedule import Schedule
 
 OnEvent = Callable[[Event], None]
 
@@ -43,44 +44,6 @@ class Outcome:
 
     step: int
     stopped: bool
-
-
-class Schedule:
-    """How many optimiser steps there are, and which micro-batches each consumes."""
-
-    def __init__(self, examples: Sequence[Example], training: TrainingSpec, virtual_tokens: int = 0) -> None:
-        self._examples = examples
-        self._accumulation = training.gradient_accumulation_steps
-        self._batches = Batches(
-            examples,
-            training.per_device_train_batch_size,
-            training.max_length,
-            packing=training.packing,
-            seed=training.seed,
-            virtual_tokens=virtual_tokens,
-        )
-        self.steps_per_epoch = self._batches.steps_per_epoch(self._accumulation)
-        epochs = training.num_train_epochs * self.steps_per_epoch
-        self.total_steps = training.max_steps if training.max_steps > 0 else max(1, math.ceil(epochs))
-        self._epoch: tuple[int, list[list[list[int]]]] | None = None
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of the 0-based optimiser `step`; the last step of an epoch may have fewer."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self._batches.epoch(epoch)
-        start = index * self._accumulation
-        return [self._collate(rows) for rows in self._epoch[1][start : start + self._accumulation]]
-
-    def _collate(self, rows: list[list[int]]) -> Batch:
-        return collate([[self._examples[index] for index in row] for row in rows])
-
-
-def eval_batches(examples: Sequence[Example], training: TrainingSpec, virtual_tokens: int = 0) -> list[Batch]:
-    """The held-out examples, packed whatever `training.packing` says: packing is exact, and quicker."""
-    size, longest = training.per_device_train_batch_size, training.max_length
-    batches = Batches(examples, size, longest, virtual_tokens=virtual_tokens)
-    return [collate([[examples[index] for index in row] for row in rows]) for rows in batches.in_order()]
 
 
 def train(

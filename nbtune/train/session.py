@@ -25,10 +25,11 @@ from nbtune.plan import Plan, plan
 from nbtune.spec import RunSpec
 from nbtune.train import checkpoint
 from nbtune.train.events import Event, read_events
-from nbtune.train.loop import Outcome, Schedule, eval_batches, train
+from nbtune.train.loop import Outcome, train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap
 from nbtune.train.room import Room
+from nbtune.train.schedule import Schedule, eval_batches
 from nbtune.train.tracking import MlflowFollower
 
 
@@ -42,7 +43,8 @@ def train_in_folder(
     with _followed_by_mlflow(path, spec, on_event):
         with PeakMemory(default_device()) as memory:
             outcome = _train(path, spec, memory, on_event, should_stop)
-        on_event({"type": "end", "step": outcome.step, "status": "stopped" if outcome.stopped else "finished"})
+        status = "stopped" if outcome.stopped else "finished"
+        on_event({"type": "end", "step": outcome.step, "status": status, "peak_memory_bytes": memory.peak_bytes})
 
 
 def _train(

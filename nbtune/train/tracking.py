@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRICS = {
+    "start": ("planned_peak_bytes",),
     "train": (
         *("loss", "mean_token_accuracy", "entropy", "learning_rate", "grad_norm"),
-        *("tokens_per_second", "memory_bytes", "epoch"),
+        *("tokens_per_second", "memory_bytes", "peak_memory_bytes", "epoch"),
     ),
     "eval": ("eval_loss", "eval_mean_token_accuracy"),
 }

@@ -16,10 +16,11 @@ from nbtune.modules.checkpointing import checkpoint_blocks
 from nbtune.peft import LoraConfig, get_peft_model
 from nbtune.plan import Plan
 from nbtune.spec import TrainingSpec
-from nbtune.train.loop import Schedule, train
+from nbtune.train.loop import train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory
 from nbtune.train.room import Room, is_out_of_memory
+from nbtune.train.schedule import Schedule
 
 LAYERS = 5
 TRAINING = TrainingSpec(
