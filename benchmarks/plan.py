@@ -45,7 +45,7 @@ def spec_of(method: str, length: int, rows: int, steps: int) -> nt.RunSpec:
         "gradient_checkpointing": False, "eval_steps": 0, "save_steps": 0, "learning_rate": 1e-5,
     }  # fmt: skip
     data = {"source": "stdlib-docs", "max_rows": 400, "max_eval_rows": 1}
-    return nt.RunSpec(data=data, training=training, tracking={"mlflow": False}, **METHODS[method])
+    return nt.RunSpec.from_dict({"data": data, "training": training, "tracking": {"mlflow": False}, **METHODS[method]})
 
 
 def measure(settings: dict[str, Any], threads: int | None) -> dict[str, Any]:

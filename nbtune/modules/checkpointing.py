@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nbtune._transformers import PreTrainedModel
 
 
-def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+def blocks_of(model: PreTrainedModel) -> list[Any]:
     """The decoder's blocks that can be computed again in the backward pass, in the order of the forward pass."""
     return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 

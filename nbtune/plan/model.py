@@ -123,7 +123,8 @@ def _trace(
 def _base(spec: RunSpec, device: torch.device) -> PreTrainedModel:
     """The model as it is loaded, but for quantised weights, which are floats when they are used."""
     settings = trained_model(spec)
-    model = skeleton(settings).to(compute_dtype(settings.dtype, device))
+    model: Any = skeleton(settings)
+    model.to(compute_dtype(settings.dtype, device))
     prepare_for_training(model)
     return model
 
