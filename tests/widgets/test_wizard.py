@@ -137,7 +137,7 @@ def test_every_method_is_a_card_in_its_family_with_a_form(wizard, kind):
     if kind == "full":
         return
     assert wizard._method_fields.children == (wizard.form.method_group.widget,)
-    assert f"{nt.plan(spec).parts['adapter'] // 4:,} trainable parameters" in wizard.picker.summary.value
+    assert f"{nt.plan(spec).trained_parameters:,} trainable parameters" in wizard.picker.summary.value
     adapts_linears = kind not in ("LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
     assert (wizard.picker.map.layout.display is None) == adapts_linears
     assert ("of 210 modules" in wizard.picker.summary.value) == adapts_linears
