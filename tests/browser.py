@@ -137,7 +137,13 @@ class Notebook:
         deadline = time.monotonic() + 20
         while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
             self.page.wait_for_timeout(100)
-        return json.loads(path.read_text())
+        while True:  # Jupyter empties the file before it writes
+            try:
+                return json.loads(path.read_text())
+            except json.JSONDecodeError:
+                if time.monotonic() > deadline:
+                    raise
+                self.page.wait_for_timeout(100)
 
     def shot(self, path: str | Path) -> None:
         self.page.screenshot(path=str(path))

@@ -141,7 +141,7 @@ def test_less_memory_means_smaller_micro_batches_then_more_recomputed_layers(eig
     assert (roomy.micro_batch_size, roomy.accumulation, roomy.checkpointed_layers) == (4, 2, 0)
     assert roomy.chosen == ""
     assert roomy.traced
-    plans = [plan(spec, available_bytes=size * 10**9) for size in (120, 60, 45, 30, 28, 26, 24, 22, 21)]
+    plans = [plan(spec, available_bytes=size * 10**9) for size in (120, 60, 45, 30, 28, 26, 24)]
     assert {p.micro_batch_size for p in plans} == {1, 2, 4}
     assert [p.micro_batch_size for p in plans] == sorted((p.micro_batch_size for p in plans), reverse=True)
     assert [p.checkpointed_layers for p in plans] == sorted(p.checkpointed_layers for p in plans)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nbtune.spec import RunSpec
@@ -160,12 +161,12 @@ def _step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, r
     from nbtune.plan.estimate import estimated_step
     from nbtune.plan.model import step
 
-    try:
-        return step(spec, device, weights, rows, recomputed=recomputed)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        tokens = rows * (spec.training.max_length + spec.virtual_tokens)
-        itemsize = compute_dtype(spec.model.dtype, device).itemsize
-        return estimated_step(describe(spec.model), weights, tokens, itemsize)
+    if weights.trained:
+        with suppress(DataDependentOutputException, DynamicOutputShapeException):
+            return step(spec, device, weights, rows, recomputed=recomputed)
+    tokens = rows * (spec.training.max_length + spec.virtual_tokens)
+    itemsize = compute_dtype(spec.model.dtype, device).itemsize
+    return estimated_step(describe(spec.model), weights, tokens, itemsize)
 
 
 def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -> dict[str, int]:

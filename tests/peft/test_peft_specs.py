@@ -90,11 +90,13 @@ def test_planned_on_the_packaged_model_without_weights(kind):
     spec = spec_of(kind, NEEDED.get(kind, {}))
     assert nt.check(spec) == []
     trained, _ = attach_adapter(skeleton(spec.model), spec).get_nb_trainable_parameters()
-    planned = nt.plan(spec).parts
-    assert planned["adapter"] == planned["gradients"] == planned["optimiser"] // 2 == 4 * trained > 0
-    quantised = nt.plan(spec_of(kind, NEEDED.get(kind, {}), {"load_in_4bit": True})).parts
-    assert quantised["adapter"] == planned["adapter"]
-    assert quantised["base weights"] < 0.6 * planned["base weights"]
+    planned = nt.plan(spec)
+    assert planned.trained_parameters == trained > 0
+    assert planned.parts["optimiser"] == 8 * trained
+    assert planned.parts["adapter"] >= 4 * trained  # with what it holds beside, such as VeRA's matrices
+    quantised = nt.plan(spec_of(kind, NEEDED.get(kind, {}), {"load_in_4bit": True}))
+    assert quantised.trained_parameters == trained
+    assert quantised.parts["base weights"] < 0.6 * planned.parts["base weights"]
 
 
 @pytest.mark.parametrize("kind", list(PeftType))
@@ -107,7 +109,7 @@ def test_the_plan_counts_what_peft_trains(kind, tiny_folder):
         changes["total_step"] = 100
     torch.manual_seed(0)
     oracle = peft.get_peft_model(small(), getattr(peft, type(spec.method).__name__)(**changes))
-    assert nt.plan(spec).parts["adapter"] == 4 * oracle.get_nb_trainable_parameters()[0]
+    assert nt.plan(spec).trained_parameters == oracle.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize("kind", {kind.family: kind for kind in PeftType}.values())
@@ -117,7 +119,7 @@ def test_a_run_trains_one_of_each_family_and_its_adapter_loads_again(kind, tiny_
     run = nt.train(spec, runs_dir=tmp_path).wait()
     assert run.status == "finished"
     start = next(event for event in run.events() if event["type"] == "start")
-    assert start["trainable_parameters"] == nt.plan(spec).parts["adapter"] // 4
+    assert start["trainable_parameters"] == nt.plan(spec).trained_parameters
     model, ids = load(spec.model).model, torch.arange(20)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbtune.models.training import prepare_for_training
@@ -52,6 +53,8 @@ def passes(model: CausalLMLoss, lengths: tuple[int, ...]) -> tuple[float, list[t
 
 @pytest.mark.slow
 def test_losses_and_gradients_are_those_of_eager_blocks_and_rows_of_other_lengths_need_no_new_compilation():
+    torch._dynamo.reset()  # of what other tests have compiled
+    counters.clear()
     model = lora_llama()
     keys = list(model.state_dict())
     eager = [passes(model, lengths) for lengths in LENGTHS]
@@ -63,8 +66,6 @@ def test_losses_and_gradients_are_those_of_eager_blocks_and_rows_of_other_length
     event = compile_and_time(model.model, lambda: passes(model, LENGTHS[0]), work_per_step=3, steps=10)
     assert event["type"] == "compile"
     assert event["compile_seconds"] > 0
-    from torch._dynamo.utils import counters
-
     assert counters["frames"]["ok"] > 0
     made = counters["stats"]["unique_graphs"]
     assert made > 0

@@ -108,12 +108,18 @@ def test_blocks_are_computed_again_once_memory_runs_out(undisturbed, tmp_path):
         torch.testing.assert_close(weight, undisturbed[1][name], rtol=0, atol=0)
 
 
+def assert_same_losses(losses, expected):
+    """The first to rounding; Adam's first steps are of one size whatever a gradient's is, and enlarge what differs."""
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_micro_batches_are_halved_once_all_blocks_are(undisturbed, tmp_path):
     losses, warnings, weights = steps(tmp_path, in_the_last_block(lambda _, tokens: tokens <= 40))
     assert len(warnings) >= 4
     assert "5 of 5 layers" in warnings[1]
     assert "micro-batches have at most" in warnings[-1]
-    torch.testing.assert_close(losses, undisturbed[0], rtol=1e-6, atol=0)
+    assert_same_losses(losses, undisturbed[0])
     for name, weight in weights.items():
         torch.testing.assert_close(weight, undisturbed[1][name], rtol=1e-4, atol=1e-5)
 
@@ -122,7 +128,7 @@ def test_blocks_that_must_not_be_computed_again_are_not(undisturbed, tmp_path):
     spoil = in_the_last_block(lambda block, tokens: not block.gradient_checkpointing and tokens <= 70)
     losses, warnings, _ = steps(tmp_path, spoil, may_recompute=False)
     assert all("micro-batches" in text for text in warnings)
-    torch.testing.assert_close(losses, undisturbed[0], rtol=1e-6, atol=0)
+    assert_same_losses(losses, undisturbed[0])
 
 
 def test_memory_that_runs_out_in_the_backward_pass_spoils_no_gradient(undisturbed, tmp_path):
