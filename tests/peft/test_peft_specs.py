@@ -93,7 +93,7 @@ def test_planned_on_the_packaged_model_without_weights(kind):
     planned = nt.plan(spec)
     assert planned.trained_parameters == trained > 0
     assert planned.parts["optimiser"] == 8 * trained
-    assert planned.parts["adapter"] >= 4 * trained  # with what it holds beside, such as VeRA's matrices
+    assert planned.parts["adapter"] >= (2 if kind == "LN_TUNING" else 4) * trained  # copies of norms stay in bf16
     quantised = nt.plan(spec_of(kind, NEEDED.get(kind, {}), {"load_in_4bit": True}))
     assert quantised.trained_parameters == trained
     assert quantised.parts["base weights"] < 0.6 * planned.parts["base weights"]

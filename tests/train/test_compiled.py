@@ -67,16 +67,19 @@ def test_losses_and_gradients_are_those_of_eager_blocks_and_rows_of_other_length
     assert event["type"] == "compile"
     assert event["compile_seconds"] > 0
     assert counters["frames"]["ok"] > 0
-    made = counters["stats"]["unique_graphs"]
-    assert made > 0
+    graphs = [counters["stats"]["unique_graphs"]]
+    assert graphs[0] > 0
     for lengths, (loss, gradients) in zip(LENGTHS, eager, strict=True):
         found, others = passes(model, lengths)
         assert found == pytest.approx(loss, rel=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, others, strict=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] - graphs[0] <= 1  # the second row may still make a number symbolic
+    assert len(set(graphs[2:])) == 1
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**row(LENGTHS[0])).loss, held_out)  # evaluation is not compiled
-    assert counters["stats"]["unique_graphs"] == made
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
     assert list(model.state_dict()) == keys
 
 
