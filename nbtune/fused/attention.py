@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbtune._transformers import AttentionInterface
-from nbtune.fused.linear import described, in_compute_dtype
+from nbtune.fused.linear import described
 from nbtune.kernels.attention import packed_attention
+from nbtune.kernels.casts import autocast
 from nbtune.kernels.lora_linear import lora_linears
 from nbtune.kernels.rope import LAYOUTS, Layout, rope
 from nbtune.modules.base import LINEARS
@@ -92,7 +93,7 @@ class FusedAttention:
             return self.original(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
-        x = in_compute_dtype(hidden_states)
+        x = autocast(hidden_states)
         projected = lora_linears(x, projections)  # pyright: ignore[reportArgumentType] - [B, T, heads * head_dim]
         query, key, value = projected if len(projected) == 3 else projected[0].split(self.call.sizes, dim=-1)
         query, key = self._heads(query, self.names.query_norm), self._heads(key, self.names.key_norm)

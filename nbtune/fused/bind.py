@@ -18,6 +18,7 @@ from nbtune.fused.mlp import fused_mlps
 from nbtune.fused.norm import fused_norms
 from nbtune.kernels import attention as packed
 from nbtune.modules import quantised
+from nbtune.modules.base import evaluating
 
 TOKENS = 8  # of the proof
 _FINDERS: tuple[Callable[[nn.Module], list[Any]], ...] = (fused_linear, fused_norms, fused_mlps, fused_attentions)
@@ -48,7 +49,7 @@ def fused(model: PreTrainedModel) -> Iterator[Fused]:
     counts: Counter[str] = Counter()
     refused: dict[str, float] = {}
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for path, module, candidates, seen in _candidates(model):
                 block, error = _best(candidates, seen)
                 if error > _tolerance(module, seen.output):
@@ -61,18 +62,6 @@ def fused(model: PreTrainedModel) -> Iterator[Fused]:
     finally:
         for module in bound:
             del module.__dict__["forward"]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _candidates(model: PreTrainedModel) -> list[tuple[str, nn.Module, list[Any], Seen]]:
@@ -103,10 +92,7 @@ def _observe(model: PreTrainedModel) -> dict[nn.Module, Seen]:
             input_ids=positions + 1,
             position_ids=positions,
             use_cache=False,
-            cu_seq_lens_q=borders,
-            cu_seq_lens_k=borders,
-            max_length_q=TOKENS,
-            max_length_k=TOKENS,
+            **packed.segment_arguments(borders, TOKENS),
         )
     finally:
         model.set_attn_implementation(packed.NAME)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbtune.kernels.casts import autocast
 from nbtune.kernels.lora_linear import LoraLinear, Update, lora_linears
 from nbtune.modules import quantised
 from nbtune.modules.base import LINEARS, weight_of
@@ -58,13 +59,6 @@ def _updates(adapter: Adapter) -> list[Update] | None:
     return terms
 
 
-def in_compute_dtype(x: Tensor) -> Tensor:
-    """X as autocast, which does not reach into an autograd function, would cast it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
 class FusedLinear:
     """The forward pass of a linear layer with adapters."""
 
@@ -77,7 +71,7 @@ class FusedLinear:
         layer = described(self.module)
         if layer is None or args or kwargs:
             return self.original(x, *args, **kwargs)
-        return lora_linears(in_compute_dtype(x), [layer])[0]
+        return lora_linears(autocast(x), [layer])[0]
 
 
 def fused_linear(module: nn.Module) -> list[FusedLinear]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbtune.fused.linear import described, in_compute_dtype
+from nbtune.fused.linear import described
+from nbtune.kernels.casts import autocast
 from nbtune.kernels.gated import ACTIVATIONS
 from nbtune.kernels.lora_mlp import lora_mlp
 from nbtune.modules.base import LINEARS, features
@@ -31,7 +32,7 @@ class FusedMlp:
         down = described(modules[self.down])
         if None in first or down is None or args or kwargs:
             return self.original(x, *args, **kwargs)
-        return lora_mlp(in_compute_dtype(x), first, down, self.activation)  # pyright: ignore[reportArgumentType]
+        return lora_mlp(autocast(x), first, down, self.activation)  # pyright: ignore[reportArgumentType]
 
 
 def fused_mlps(module: nn.Module) -> list[FusedMlp]:

@@ -27,6 +27,11 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
+def segment_arguments(borders: Tensor, longest: int) -> dict[str, Tensor | int]:
+    """How transformers hands a packed row's segments to an attention: `borders` [segments + 1], and the longest."""
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,

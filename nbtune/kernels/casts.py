@@ -1,7 +1,7 @@
-"""Trained tensors in the precision of the computation, cast once for all forward passes of a step.
+"""Tensors in the precision of the computation; trained ones are cast once for all forward passes of a step.
 
-A cast cannot be kept until its tensor changes, since nothing tells that: torch's fused optimisers do not count up a
-tensor's version. So whoever takes the steps says how long the values stay.
+A cast of a trained tensor cannot be kept until its tensor changes, since nothing tells that: torch's fused optimisers
+do not count up a tensor's version. So whoever takes the steps says how long the values stay.
 """
 
 from __future__ import annotations
@@ -37,3 +37,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if key not in kept:
         kept[key] = tensor, tensor.detach().to(dtype)  # with the tensor itself, whose id must not be used again
     return kept[key][1]
+
+
+def autocast(x: Tensor) -> Tensor:
+    """X as torch's autocast, which does not reach into an autograd function, would cast it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

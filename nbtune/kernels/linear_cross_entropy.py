@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nbtune.kernels.casts import autocast
 from nbtune.kernels.triton import use_triton
 
 IGNORE_INDEX = -100
@@ -87,6 +88,19 @@ def head_cross_entropy(
     chunk = _chunk_rows(labels, vocabulary, chunk_bytes)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return LossOutput(*_HeadCrossEntropy.apply(hidden, labels, divisor, logits, chunk, head, vocabulary, *trained))
+
+
+def cross_entropy_of_head(
+    head: nn.Module, hidden: Tensor, labels: Tensor, *, vocabulary: int, **options: Any
+) -> LossOutput:
+    """`linear_cross_entropy` where `head` is a matrix, else `head_cross_entropy`; `options` are those of both.
+
+    Under autocast the hidden states are cast as a linear layer's input would be.
+    """
+    hidden = autocast(hidden)
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, **options)
+    return head_cross_entropy(head, hidden, labels, vocabulary=vocabulary, **options)
 
 
 def chunk_budget(device: torch.device) -> int:

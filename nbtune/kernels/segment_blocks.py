@@ -113,9 +113,8 @@ class BlockedAttention:
                     probabilities, slope = self._capped(
                         plain_queries[block], scaled_keys[:, seen], row_sums, tile, block
                     )
-                if (
-                    self.sinks is None
-                ):  # subtracts once more what is left of the mean, which rounded probabilities change
+                if self.sinks is None:
+                    # Subtracts once more what is left of the mean, which rounded probabilities change.
                     torch._softmax_backward_data(score_grads, probabilities, -1, self.dtype, grad_input=score_grads)
                 else:
                     score_grads.mul_(probabilities)

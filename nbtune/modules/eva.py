@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbtune.errors import AdapterError
 from nbtune.kernels.low_rank_inits import InputDirections
+from nbtune.modules.base import evaluating
 
 
 @torch.no_grad()
@@ -42,9 +43,7 @@ def eva(
     if rho < 1 or start is None:
         raise AdapterError("EVA cannot start", f"It needs batches (a list, a DataLoader) and rho >= 1; rho is {rho:g}.")
     label_mask = label_mask_value if use_label_mask else None
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         leader = _leaders(model, layers, start, label_mask)
         sizes: dict[str, int] = dict.fromkeys(leader.values(), 1)
         for path, first in leader.items():
@@ -62,9 +61,6 @@ def eva(
             message = f"After {max_batches} batches the directions of some layers' inputs still turn."
             remedy = f"Give batches of well more than {max(sizes.values())} tokens that count, or lower tau ({tau:g})."
             raise AdapterError("EVA did not settle", message, remedy)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     weights = {path: seen[leader[path]].directions[: kept[path]].clone() for path in layers}
     if whiten:
         weights = {path: A / seen[leader[path]].values[: len(A), None].sqrt() for path, A in weights.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbtune._transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from nbtune.errors import AdapterError
+from nbtune.kernels.attention import segment_arguments
 
 Arguments = dict[str, Any]  # of a module's forward, by name
 
@@ -39,9 +40,8 @@ def before_each_text(model: PreTrainedModel, tokens: Tensor, arguments: Argument
     places = before_each(torch.zeros_like(first), torch.ones_like(ids), lengths)[0].nonzero()[:, 0]
     borders = torch.tensor([0, *lengths], dtype=torch.int32)
     borders[1:] += length
-    changes = {"position_ids": before_each(first, positions + length, lengths)}
-    changes |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cumsum(0, dtype=torch.int32))
-    changes |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths) + length)
+    changes: Arguments = {"position_ids": before_each(first, positions + length, lengths)}
+    changes |= segment_arguments(borders.cumsum(0, dtype=torch.int32), max(lengths) + length)
     changes |= {"input_ids": None, "inputs_embeds": before_each(tokens.to(embeds.dtype), embeds, lengths)}
     return {**arguments, **changes}, places
 

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nbtune.kernels.linear_cross_entropy import head_cross_entropy, linear_cross_entropy
+from nbtune.kernels.attention import segment_arguments
+from nbtune.kernels.linear_cross_entropy import cross_entropy_of_head
 from nbtune.models.training import precision
 from nbtune.modules.checkpointing import blocks_of
 from nbtune.peft.prompt import packed
@@ -83,10 +84,7 @@ def trace_step(
             "input_ids": torch.zeros(1, tokens, dtype=torch.long),
             "position_ids": torch.zeros(1, tokens, dtype=torch.long),
             "use_cache": False,
-            "cu_seq_lens_q": borders,
-            "cu_seq_lens_k": borders,
-            "max_length_q": min(segment, tokens),
-            "max_length_k": min(segment, tokens),
+            **segment_arguments(borders, min(segment, tokens)),
         }
         labels = torch.zeros(tokens - 1, dtype=torch.long)
         with follower, _marked(blocks_of(model), follower):
@@ -129,13 +127,9 @@ def _loss(model: PreTrainedModel, row: dict[str, Any], labels: Tensor) -> Tensor
     """The loss, as nbtune.train.loss computes it."""
     arguments, places = packed(model, row)
     hidden = model.get_decoder()(**arguments).last_hidden_state[:, places][0, :-1]
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     head: Any = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias).loss
     vocabulary = model.config.get_text_config().vocab_size
-    return head_cross_entropy(head, hidden, labels, vocabulary=vocabulary).loss
+    return cross_entropy_of_head(head, hidden, labels, vocabulary=vocabulary).loss
 
 
 @contextmanager

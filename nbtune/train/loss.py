@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nbtune._transformers import PreTrainedModel
 from nbtune.errors import ModelError
-from nbtune.kernels.linear_cross_entropy import LossOutput, head_cross_entropy, linear_cross_entropy
+from nbtune.kernels.attention import segment_arguments
+from nbtune.kernels.linear_cross_entropy import LossOutput, cross_entropy_of_head
 from nbtune.peft.prompt import packed
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
@@ -57,19 +58,18 @@ class CausalLMLoss(nn.Module):
         """
         hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
         hidden, labels = hidden[0, :-1], labels[0, 1:]  # each token predicts the next; segments begin with -100
-        if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into an autograd.Function
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.model.get_output_embeddings()
         assert head is not None
-        options: dict[str, Any] = {
-            "num_items": num_items,
-            "softcap": self.softcap,
-            "scale": self.scale,
-            "label_smoothing": self.label_smoothing if self.training else 0.0,
-        }
-        if type(head) is nn.Linear:
-            return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, **options)
-        return head_cross_entropy(head, hidden, labels, vocabulary=self.vocabulary, **options)
+        return cross_entropy_of_head(
+            head,
+            hidden,
+            labels,
+            vocabulary=self.vocabulary,
+            num_items=num_items,
+            softcap=self.softcap,
+            scale=self.scale,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
         arguments, places = self._arguments(input_ids, position_ids, cu_seq_lens, max_length)
@@ -79,7 +79,7 @@ class CausalLMLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int
     ) -> tuple[dict[str, Any], Tensor | slice]:
         """The decoder's, with the virtual tokens of a prompt that is trained; and the places of the row's tokens."""
-        segments = _segments(cu_seq_lens, max_length)
+        segments = segment_arguments(cu_seq_lens, max_length)
         return packed(
             self.model, {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **segments}
         )
@@ -102,13 +102,3 @@ class CausalLMLoss(nn.Module):
                 "Its logits are more than the output head's product with the hidden states.",
                 "Choose a model of another architecture, and report this one.",
             )
-
-
-def _segments(cu_seq_lens: Tensor, max_length: int) -> dict[str, Tensor | int]:
-    """The keyword arguments by which transformers hands segments to an attention."""
-    return {
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": max_length,
-        "max_length_k": max_length,
-    }
