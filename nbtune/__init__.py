@@ -9,6 +9,7 @@ nt.arena("base", run)
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
 
 __version__ = "0.1.0"
+
+# On a CPU oneDNN keeps the program that it compiles for each shape of a product (0.4 MB), 1,024 of them, and torch's
+# binding as many: rows of ever new lengths would fill both. They are read when a process computes its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 # Imported when first used: torch, gradio and mlflow take seconds each.
 _HOME = {

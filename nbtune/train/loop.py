@@ -114,6 +114,8 @@ def train(
                 sums += torch.stack(output).detach()
                 penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
                 accelerator.backward(output.loss if penalty is None else output.loss + penalty)
+                if device.type == "cpu":
+                    trim_heap()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -152,8 +154,6 @@ def train(
         if adapted is not None:
             adapted.update_and_allocate(step)
         prepared.zero_grad()
-        if device.type == "cpu":
-            trim_heap()
         loss, correct, entropy = sums.tolist()
         _require_finite(loss, step + 1)
 

@@ -40,8 +40,8 @@ def release(device: torch.device) -> None:
 def trim_heap() -> None:
     """Give the pages between live blocks back to the system, where the C library is glibc.
 
-    Packed rows differ in length, so freed activations leave holes that the next step's do not fit: within 20 steps the
-    process holds half as much again. Once a step this costs about 1 % of its time; see docs/measurements.md.
+    Packed rows differ in length, so freed activations leave holes that the next row's do not fit: within 20 steps the
+    process holds half as much again. Once a micro-batch this costs about 1 % of its time; see docs/measurements.md.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
