@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbtune.kernels.linear_cross_entropy import CHUNK_BYTES
+from nbtune.kernels.linear_cross_entropy import BLOCK_BYTES, CHUNK_BYTES
 from nbtune.plan.memory import Step
 from nbtune.plan.trace import Span, Trace
 
@@ -31,7 +31,7 @@ def estimated_step(info: ModelInfo, weights: Weights, tokens: int, itemsize: int
     backward = flops * (2 if weights.trained > info.parameters // 2 else 1)
     forward = Span(kept, kept, flops // blocks)
     again = Span(kept, state, flops // blocks)
-    loss = Span(int(chunk * (1 + itemsize / 2)) + 2 * state, 0, 0)
+    loss = Span(chunk * itemsize // 4 + 3 * BLOCK_BYTES + 2 * state, 0, 0)
     plain = Trace(Span(state, state), (forward,), loss, (Span(kept, -kept, backward // blocks),), Span())
     span = Span(2 * kept, -state, (backward + flops) // blocks)
     recomputed = Trace(Span(state, state), (again,), loss, (span,), Span())
