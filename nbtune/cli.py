@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from nbtune.errors import NbtuneError
+from nbtune.presets import PRESETS
+
+if TYPE_CHECKING:
+    from nbtune.spec import RunSpec
 
 app = typer.Typer(
     help="Fine-tune language models from a living notebook.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -21,6 +25,17 @@ console = Console()
 
 RunsDir = Annotated[
     Path | None, typer.Option("--runs-dir", envvar="NBTUNE_RUNS", help="Folder of the runs; default ./runs.")
+]
+SpecFile = Annotated[
+    Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A run's settings; none begins with the defaults.")
+]
+Model = Annotated[str | None, typer.Option("--model", help="A packaged name, a hub id, a folder or a .gguf file.")]
+Data = Annotated[str | None, typer.Option("--data", help="stdlib-docs, a file or a hub dataset.")]
+Method = Annotated[str | None, typer.Option("--method", help="lora, oft, ia3, ...; full trains every weight.")]
+Preset = Annotated[str | None, typer.Option("--preset", help=f"{', '.join(PRESETS)}.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change any setting: learning_rate=1e-4, data.seed=1. Repeatable."),
 ]
 
 
@@ -69,16 +84,19 @@ def lab(
 
 @app.command()
 def train(
-    spec_file: Annotated[
-        Path, typer.Argument(metavar="SPEC.yaml", help="A run's settings; `nbtune check` checks them.")
-    ],
+    spec_file: SpecFile = None,
+    model: Model = None,
+    data: Data = None,
+    method: Method = None,
+    preset: Preset = None,
+    set_: Set = None,
     runs_dir: RunsDir = None,
-    set_: Annotated[list[str], typer.Option("--set", help="Change a setting: learning_rate=1e-4. Repeatable.")] = [],  # noqa: B006
 ) -> None:
-    """Train what a spec file says, with progress in the terminal. Ctrl-C stops it after its step."""
+    """Train what a spec file or the options say, with progress in the terminal. Ctrl-C stops it after its step."""
     from nbtune.run import train as start
 
-    run = start(_spec(spec_file, set_), runs_dir=_folder(runs_dir))
+    spec = _spec(spec_file, model, data, method, preset, set_ or [])
+    run = start(spec, runs_dir=_folder(runs_dir))
     console.print(f"{run.id}  {run.path}", highlight=False)
     run.watch()
     _print_summary(run.summary())
@@ -188,15 +206,19 @@ def sync(
 
 @app.command()
 def check(
-    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml")],
+    spec_file: SpecFile = None,
+    model: Model = None,
+    data: Data = None,
+    method: Method = None,
+    preset: Preset = None,
+    set_: Set = None,
     runs_dir: RunsDir = None,
-    set_: Annotated[list[str], typer.Option("--set", help="Change a setting: learning_rate=1e-4. Repeatable.")] = [],  # noqa: B006
 ) -> None:
     """Say what would go wrong with a spec, what it needs, and how long it takes, without starting it."""
     from nbtune.check import check as find_problems
     from nbtune.plan import plan
 
-    spec = _spec(spec_file, set_)
+    spec = _spec(spec_file, model, data, method, preset, set_ or [])
     problems = find_problems(spec, runs_dir=_folder(runs_dir))
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False)
@@ -221,19 +243,39 @@ def _folder(runs_dir: Path | None) -> Path:
     return runs_dir or default_runs_dir()
 
 
-def _spec(file: Path, changes: list[str]):  # noqa: ANN202 - RunSpec, imported when needed
-    import yaml
-
+def _spec(
+    file: Path | None, model: str | None, data: str | None, method: str | None, preset: str | None, set_: list[str]
+) -> RunSpec:
+    """A spec file, or the defaults, with another model, data or method, then a preset, then single settings."""
     from nbtune.spec import RunSpec
 
-    if not file.exists():
+    if file is None and data is None:
+        remedy = "Name a spec file, or with --data a file, a hub dataset or stdlib-docs."
+        raise NbtuneError("There is nothing to train on", "", remedy)
+    if file is not None and not file.exists():
         raise NbtuneError(f"There is no file {file}", "", "Write one: `model:`, `data:`, `method:` and `training:`.")
-    for change in changes:
-        if "=" not in change:
-            raise NbtuneError(f"--set {change} has no value", "", "Write --set name=value.")
-    return RunSpec.from_yaml(file).updated(
-        **{name: yaml.safe_load(value) for name, _, value in (change.partition("=") for change in changes)}
-    )
+    changes = dict(map(_change, set_))
+    spec = RunSpec() if file is None else RunSpec.from_yaml(file)
+    if method is not None or "method" in changes:
+        spec = RunSpec.from_dict({**spec.to_dict(), "method": changes.pop("method", method)})
+    named = {"model.name": model, "data.source": data}
+    spec = spec.updated(**{path: value for path, value in named.items() if value is not None})
+    if preset is not None:
+        spec = spec.preset(preset)
+    return spec.updated(**changes)
+
+
+def _change(text: str) -> tuple[str, object]:
+    """The name and the value of one --set."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise NbtuneError(f"--set {text} has no value", "", "Write --set name=value.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise NbtuneError(f"--set {name} cannot be read", str(error), "Put a text in quotes.") from error
 
 
 def _print_summary(summary: dict[str, object]) -> None:

@@ -34,6 +34,7 @@ from pydantic import (
 from nbtune.errors import SpecError
 from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, PromptLearningConfig, config_class
 from nbtune.peft.configs.lora import LoraConfig
+from nbtune.presets import PRESETS
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimiser = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lorafa"]
@@ -396,6 +397,12 @@ class RunSpec(_Part):
         spec = RunSpec.from_dict(values)
         spec.data._rows = self.data._rows
         return spec
+
+    def preset(self, name: str) -> RunSpec:
+        """A copy with the settings of a preset of `nbtune.presets`. Raises SpecError for an unknown one."""
+        if name not in PRESETS:
+            raise SpecError(f"There is no preset {name!r}", "", f"There are {', '.join(PRESETS)}.")
+        return self.updated(**PRESETS[name].changes(self.method_name))
 
 
 @dataclasses.dataclass(frozen=True)
