@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nbtune.data import formats, render, sources, stdlib_docs
 from nbtune.data.formats import Chat
 from nbtune.data.render import Example
+from nbtune.data.sources import Row
 from nbtune.errors import DataError
 from nbtune.spec import DataSpec
 
@@ -29,14 +30,22 @@ CUT_AWAY = "the answer begins after max_length"
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """All usable rows as chats, split; `train_numbers` and `eval_numbers` are their places in the source, from 1."""
+    """All usable rows as chats, split. A row's number is its place in the source, from 1."""
 
     format: str
+    reason: str  # why it is this form
+    raw: list[Row]  # every row as it was read
     train: list[Chat]
     eval: list[Chat]
     train_numbers: list[int]
     eval_numbers: list[int]
-    dropped: dict[str, int]  # reason -> rows
+    left_out: dict[str, list[int]]  # reason -> numbers of the rows that were dropped
+    unusable: dict[str, list[int]]  # reason -> numbers of the rows that `read_rows` refuses
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> how many rows were left out."""
+        return {reason: len(numbers) for reason, numbers in self.left_out.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,18 @@ def read_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStat
     its form unknown, or where rows cannot be used (no assistant turn, null fields, unknown roles): all of them are
     counted in one message, because training on what is left would hide that the file is not what it seems.
     """
+    rows = sort_rows(spec, base_dir=base_dir, on_status=on_status)
+    if rows.unusable:
+        raise formats.unusable_error(rows.unusable, len(rows.raw), spec.source)
+    if not rows.train and not rows.eval:
+        raise DataError(
+            "There is nothing to train on", f"All {len(rows.raw):,} rows of {spec.source} have an empty answer."
+        )
+    return rows
+
+
+def sort_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStatus = ignore_status) -> Rows:
+    """As `read_rows`, but rows that cannot be used are only listed."""
     if spec.source == "stdlib-docs" and spec.rows is None:
         return _read_stdlib(spec)
     raw = sources.read(spec, base_dir, on_status)
@@ -74,16 +95,19 @@ def read_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStat
     columns = list(dict.fromkeys(column for row in raw for column in row))
     form = spec.format if spec.format != "auto" else formats.detect(columns)
     formats.check_columns(form, columns)
-    converted = formats.convert(raw, form, spec.source)
+    converted = formats.convert(raw, form)
     held_out = _held_out(converted.chats, spec.eval_fraction, spec.seed)
     pairs = list(zip(converted.chats, converted.numbers, held_out, strict=True))
     return Rows(
         format=form,
+        reason=f"columns {', '.join(columns)}",
+        raw=raw,
         train=[chat for chat, _, out in pairs if not out],
         eval=[chat for chat, _, out in pairs if out],
         train_numbers=[number for _, number, out in pairs if not out],
         eval_numbers=[number for _, number, out in pairs if out],
-        dropped=converted.dropped,
+        left_out=converted.left_out,
+        unusable=converted.unusable,
     )
 
 
@@ -103,10 +127,10 @@ def load_examples(
     """
     on_status(f"Reading {spec.source}")
     rows = read_rows(spec, base_dir=base_dir, on_status=on_status)
-    chosen = _spread(len(rows.train), spec.max_rows)
+    chosen = spread(len(rows.train), spec.max_rows)
     on_status(f"Tokenising {len(chosen):,} rows")
     train, missed, cut = _encode(rows.train, rows.train_numbers, chosen, tokenizer, max_length)
-    chosen = _spread(len(rows.eval), spec.max_eval_rows)
+    chosen = spread(len(rows.eval), spec.max_eval_rows)
     evaluation, missed_eval, cut_eval = _encode(rows.eval, rows.eval_numbers, chosen, tokenizer, max_length)
     if not train:
         raise DataError(
@@ -129,11 +153,14 @@ def _read_stdlib(spec: DataSpec) -> Rows:
     numbers = {row: number for number, row in enumerate(stdlib_docs.rows(), start=1)}
     return Rows(
         format="messages",
+        reason="made here from Python's own documentation",
+        raw=[row._asdict() for row in stdlib_docs.rows()],
         train=[_question_chat(row) for row in train],
         eval=[_question_chat(row) for row in held_out],
         train_numbers=[numbers[row] for row in train],
         eval_numbers=[numbers[row] for row in held_out],
-        dropped={},
+        left_out={},
+        unusable={},
     )
 
 
@@ -159,7 +186,7 @@ def _key(chat: Chat, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
 
 
-def _spread(count: int, at_most: int | None) -> list[int]:
+def spread(count: int, at_most: int | None) -> list[int]:
     """At most `at_most` of `count` indices, evenly spaced."""
     if at_most is None or count <= at_most:
         return list(range(count))

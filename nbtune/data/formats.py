@@ -18,6 +18,7 @@ from nbtune.errors import DataError
 
 Message = dict[str, Any]
 
+EMPTY = "empty answer"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _REQUIRED = {
@@ -56,11 +57,12 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """Chats, with the number of the row each came from (counted from 1)."""
+    """Chats, with the number of the row each came from (counted from 1), and the rows that gave none, by reason."""
 
     chats: list[Chat]
     numbers: list[int]
-    dropped: dict[str, int]
+    left_out: dict[str, list[int]]  # nothing to learn from: dropped
+    unusable: dict[str, list[int]]  # not what the form says: an error
 
 
 class _Unusable(Exception):  # noqa: N818 - not an error of the program: the row is counted
@@ -92,40 +94,31 @@ def check_columns(form: str, columns: Iterable[str]) -> None:
         )
 
 
-def convert(rows: Sequence[Mapping[str, Any]], form: str, where: str) -> Converted:
-    """Convert all rows. Rows with an empty answer are dropped and counted.
-
-    Raises DataError where rows cannot be used, with every reason, its count and its first row.
-    """
+def convert(rows: Sequence[Mapping[str, Any]], form: str) -> Converted:
+    """Convert all rows; those with an empty answer are left out."""
     convert_one = {"messages": _messages, "prompt_completion": _prompt_completion, "alpaca": _alpaca}[form]
-    chats: list[Chat] = []
-    numbers: list[int] = []
-    problems: dict[str, list[int]] = {}
-    empty = 0
+    converted = Converted([], [], {}, {})
     for number, row in enumerate(rows, start=1):
         try:
             _check_text_only(row)
             chat = convert_one(row)
         except _Unusable as reason:
-            problems.setdefault(str(reason), []).append(number)
+            converted.unusable.setdefault(str(reason), []).append(number)
             continue
         if _is_empty(chat):
-            empty += 1
+            converted.left_out.setdefault(EMPTY, []).append(number)
             continue
-        chats.append(chat)
-        numbers.append(number)
-    if problems:
-        raise _unusable(problems, len(rows), where)
-    if not chats:
-        raise DataError("There is nothing to train on", f"All {len(rows):,} rows of {where} have an empty answer.")
-    return Converted(chats, numbers, {"empty answer": empty} if empty else {})
+        converted.chats.append(chat)
+        converted.numbers.append(number)
+    return converted
 
 
-def _unusable(problems: Mapping[str, Sequence[int]], total: int, where: str) -> DataError:
-    count = sum(len(numbers) for numbers in problems.values())
+def unusable_error(unusable: Mapping[str, Sequence[int]], total: int, where: str) -> DataError:
+    """What to say of rows that cannot be used: every reason, its count and its first row."""
+    count = sum(len(numbers) for numbers in unusable.values())
     lines = [
         f"{len(numbers):,} {'row' if len(numbers) == 1 else 'rows'}: {reason} (first: row {numbers[0]:,})"
-        for reason, numbers in sorted(problems.items(), key=lambda item: -len(item[1]))
+        for reason, numbers in sorted(unusable.items(), key=lambda item: -len(item[1]))
     ]
     if len(lines) > 5:
         lines[5:] = [f"and {len(lines) - 5} more reasons"]

@@ -51,6 +51,15 @@ class Example:
         return Example(self.input_ids[:max_length].copy(), self.labels[:max_length].copy())
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Rendered:
+    """An example with the text that it was made of."""
+
+    text: str
+    offsets: npt.NDArray[np.int64]  # [T, 2], where each token begins and ends, in characters
+    example: Example
+
+
 class _Spans(NamedTuple):
     """A rendered text and the parts of it, in characters, that carry loss."""
 
@@ -78,6 +87,14 @@ def encode_many(
 
     Raises DataError where the tokenizer has no chat template and the chats need one, or where it cannot show them.
     """
+    for rendered in render_many(chats, tokenizer, numbers):
+        yield [one.example for one in rendered]
+
+
+def render_many(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, numbers: Sequence[int] | None = None
+) -> Iterator[list[Rendered]]:
+    """As `encode_many`, with the text of each example."""
     if not tokenizer.is_fast:
         raise DataError(
             "The model's tokenizer does not say where its tokens are",
@@ -87,19 +104,19 @@ def encode_many(
     numbers = range(1, len(chats) + 1) if numbers is None else numbers
     for start in range(0, len(chats), _CHUNK):
         part = slice(start, start + _CHUNK)
-        yield from _encode_chunk(chats[part], tokenizer, numbers[part])
+        yield from _render_chunk(chats[part], tokenizer, numbers[part])
 
 
-def _encode_chunk(
+def _render_chunk(
     chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, numbers: Sequence[int]
-) -> Iterator[list[Example]]:
+) -> Iterator[list[Rendered]]:
     if not tokenizer.chat_template:
         _check_plain(chats, numbers)
-        yield from ([_encode_plain(chat, tokenizer)] for chat in chats)
+        yield from ([_render_plain(chat, tokenizer)] for chat in chats)
         return
     renderer = _Renderer(tokenizer)
-    rendered = renderer.render_all(chats, numbers)
-    texts = [spans.text for chat in rendered for spans in chat]
+    chosen = renderer.render_all(chats, numbers)
+    texts = [spans.text for chat in chosen for spans in chat]
     encoded = tokenizer(
         texts,
         add_special_tokens=False,  # the template has written them
@@ -108,24 +125,24 @@ def _encode_chunk(
         verbose=False,  # rows longer than the model's context are cut, there is nothing to warn of
     )
     position = 0
-    for chat in rendered:
-        examples = []
+    for chat in chosen:
+        rendered = []
         for spans in chat:
             ids, offsets = encoded["input_ids"][position], encoded["offset_mapping"][position]
-            examples.append(_example(ids, offsets, spans.spans))
+            rendered.append(_rendered(spans, ids, offsets))
             position += 1
-        yield examples
+        yield rendered
 
 
-def _example(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Example:
+def _rendered(spans: _Spans, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Rendered:
     input_ids = np.array(ids, dtype=np.int32)
     places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = places[:, 0], places[:, 1]
     supervised = np.zeros(len(input_ids), dtype=bool)
-    for start, end in spans:
+    for start, end in spans.spans:
         # A token that begins before the answer belongs to the prompt: the model is given it.
         supervised |= (starts >= start) & (starts < end) & (ends > starts)
-    return Example(input_ids, np.where(supervised, input_ids, np.int32(IGNORED)))
+    return Rendered(spans.text, places, Example(input_ids, np.where(supervised, input_ids, np.int32(IGNORED))))
 
 
 class _Renderer:
@@ -257,17 +274,22 @@ def _check_plain(chats: Sequence[Chat], numbers: Sequence[int]) -> None:
             )
 
 
-def _encode_plain(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _render_plain(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """A prompt and its completion as one text that ends with the end-of-text token."""
     prompt, completion = (message["content"] for message in chat.messages)
-    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+    return _as_text(prompt + completion, len(prompt), tokenizer)
+
+
+def _as_text(text: str, trained_from: int, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Text without a template, trained from a character on, and the end-of-text token after it."""
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    end = len(prompt) + len(completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
         del ids[-1], offsets[-1]
+    whole = text + str(tokenizer.eos_token)
     ids.append(tokenizer.eos_token_id)
-    offsets.append((end, end + 1))
-    return _example(ids, offsets, [(len(prompt), end + 1)])
+    offsets.append((len(text), len(whole)))
+    return _rendered(_Spans(whole, [(trained_from, len(whole))]), ids, offsets)
 
 
 def _tail(text: str) -> str:

@@ -58,6 +58,8 @@ def test_missing_columns_in_some_rows():
 def test_no_rows():
     with pytest.raises(DataError, match="The data is empty"):
         read_rows(DataSpec.from_rows([]))
+    with pytest.raises(DataError, match="All 1 rows"):
+        read_rows(DataSpec.from_rows([{"prompt": "Q", "completion": " "}]))
 
 
 def test_form_that_was_given():

@@ -15,15 +15,15 @@ ANSWER = {"role": "assistant", "content": "A"}
 
 
 def chat(row: dict, form: str | None = None) -> formats.Chat:
-    converted = formats.convert([row], form or formats.detect(row), "rows")
+    converted = formats.convert([row], form or formats.detect(row))
     assert converted.numbers == [1]
     return converted.chats[0]
 
 
 def refused(*rows: dict, form: str = "messages") -> DataError:
-    with pytest.raises(DataError) as caught:
-        formats.convert(rows, form, "file.jsonl")
-    return caught.value
+    unusable = formats.convert(rows, form).unusable
+    assert unusable
+    return formats.unusable_error(unusable, len(rows), "file.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,6 @@ def test_many_reasons_are_not_all_listed():
 
 def test_empty_answers_are_dropped_and_counted():
     rows = [{"prompt": "Q", "completion": text} for text in ("", "A", "  \n")]
-    converted = formats.convert(rows, "prompt_completion", "rows")
+    converted = formats.convert(rows, "prompt_completion")
     assert converted.numbers == [2]
-    assert converted.dropped == {"empty answer": 2}
-    with pytest.raises(DataError, match="All 1 rows"):
-        formats.convert(rows[:1], "prompt_completion", "rows")
+    assert converted.left_out == {"empty answer": [1, 3]}
