@@ -9,22 +9,31 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nbtune.errors import AdapterError, ModelError, NbtuneError, RunError
 from nbtune.peft.config import LayerConfig, PeftConfig
 from nbtune.peft.configs.lora import AdaLoraConfig, LoraConfig
 from nbtune.peft.configs.vectors import TrainableTokensConfig
-from nbtune.plan import format_bytes, plan
+from nbtune.plan import Plan, format_bytes, plan
 from nbtune.spec import RunSpec, method_label, settings
 
 if TYPE_CHECKING:
     from nbtune.models import ModelInfo
 
 Severity = Literal["error", "warning"]
+SHORTEST = 64  # tokens: nobody is told to train on shorter rows
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would mend a problem: settings by path, as `RunSpec.updated` takes them."""
+
+    label: str  # as on a button: "use 4-bit"
+    changes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Problem:
     remedy: str = ""
     severity: Severity = "error"
     setting: str | None = None  # the path of the setting to change, as in `settings`
+    remedies: tuple[Remedy, ...] = ()  # the cheapest first; each would do by itself
 
     def __str__(self) -> str:
         return "\n".join(part for part in (f"{self.severity}: {self.title}", self.message, self.remedy) if part)
@@ -71,8 +81,8 @@ def require(spec: RunSpec, *, runs_dir: str | Path | None = None) -> None:
         )
 
 
-def _problem(error: NbtuneError, setting: str | None) -> Problem:
-    return Problem(error.title, error.message, error.remedy, setting=setting)
+def _problem(error: NbtuneError, setting: str | None, *remedies: Remedy) -> Problem:
+    return Problem(error.title, error.message, error.remedy, setting=setting, remedies=remedies)
 
 
 def _runs_dir(runs_dir: str | Path | None) -> Iterator[Problem]:
@@ -99,7 +109,10 @@ def _tracking(spec: RunSpec, runs_dir: str | Path | None) -> Iterator[Problem]:
     try:
         require_reachable(tracking_uri(spec.tracking, Path(runs_dir or ".")))
     except RunError as error:
-        yield _problem(error, "tracking.tracking_uri")
+        remedies = [Remedy("do without MLflow", {"tracking.mlflow": False})]
+        if spec.tracking.tracking_uri is not None:
+            remedies.insert(0, Remedy("use a file in the runs folder", {"tracking.tracking_uri": None}))
+        yield _problem(error, "tracking.tracking_uri", *remedies)
 
 
 def _machine(spec: RunSpec) -> Iterator[Problem]:
@@ -107,12 +120,15 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
     from nbtune.models import default_device, missing_compiler
 
     training, device = spec.training, default_device()
+    uncompiled = Remedy("do not compile", {"training.torch_compile": False})
+    kept_here = Remedy("do not offload", {"training.activation_offloading": False})
     if training.torch_compile and (missing := missing_compiler(device)):
         yield Problem(
             "This machine cannot compile the model",
             f"training.torch_compile is set, and {missing} is not there.",
             "Install it, or set torch_compile to false.",
             setting="training.torch_compile",
+            remedies=(uncompiled,),
         )
     if training.torch_compile and training.activation_offloading:
         yield Problem(
@@ -120,6 +136,7 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
             "Blocks that are checkpointed, whose inputs would be offloaded, are not compiled.",
             "Set one of the two.",
             setting="training.torch_compile",
+            remedies=(uncompiled, kept_here),
         )
     elif training.torch_compile and training.gradient_checkpointing is True:
         yield Problem(
@@ -128,6 +145,7 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
             "Set one of the two.",
             severity="warning",
             setting="training.torch_compile",
+            remedies=(uncompiled, Remedy("keep activations", {"training.gradient_checkpointing": "auto"})),
         )
     if training.activation_offloading and not training.gradient_checkpointing:
         yield Problem(
@@ -136,6 +154,7 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
             "Set gradient_checkpointing to true.",
             severity="warning",
             setting="training.activation_offloading",
+            remedies=(Remedy("compute layers again", {"training.gradient_checkpointing": True}), kept_here),
         )
     if device.type == "cpu" and training.activation_offloading:
         yield Problem(
@@ -143,14 +162,17 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
             "There is none here: what would be moved to the host's memory is there already.",
             severity="warning",
             setting="training.activation_offloading",
+            remedies=(kept_here,),
         )
     if device.type == "cpu" and training.optim.startswith("paged"):
+        unpaged = training.optim.removeprefix("paged_").replace("adamw_32bit", "adamw_torch_fused")
         yield Problem(
             "Paging needs a GPU",
             f"There is none here: training.optim {training.optim} keeps its averages in the host's memory anyway.",
-            f"Set optim to {training.optim.removeprefix('paged_').replace('adamw_32bit', 'adamw_torch_fused')}.",
+            f"Set optim to {unpaged}.",
             severity="warning",
             setting="training.optim",
+            remedies=(Remedy(f"use {unpaged}", {"training.optim": unpaged}),),
         )
 
 
@@ -186,6 +208,7 @@ def _context(spec: RunSpec, info: ModelInfo) -> Iterator[Problem]:
             f"training.max_length is {spec.training.max_length}{before}.",
             f"Set max_length to {context - prompt} or less.",
             setting="training.max_length",
+            remedies=(_shorter(context - prompt),) if context - prompt >= SHORTEST else (),
         )
 
 
@@ -201,7 +224,10 @@ def _quantisation(spec: RunSpec, info: ModelInfo) -> Iterator[Problem]:
             if module.layer is not None:
                 check_rows(info.source, module.name, module.in_features)
     except ModelError as error:
-        yield _problem(error, "model.load_in_4bit")
+        in_8_bits = {"model.load_in_4bit": False, "model.load_in_8bit": True}
+        in_16_bits = {"model.load_in_4bit": False, "model.load_in_8bit": False}
+        remedies = Remedy("use 8-bit", in_8_bits), Remedy("use 16-bit", in_16_bits)
+        yield _problem(error, "model.load_in_4bit", *remedies)
 
 
 def _method(spec: RunSpec) -> Iterator[Problem]:
@@ -212,7 +238,8 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
             warnings.simplefilter("always")
             planned = plan(spec)
     except AdapterError as error:
-        yield _problem(error, setting_of(f"{error.title} {error.message}", spec.method))
+        setting = setting_of(f"{error.title} {error.message}", spec.method)
+        yield _problem(error, setting, *_of_method(spec, setting))
         return
     except ModelError as error:  # an architecture that cannot be trained
         yield _problem(error, "model.name")
@@ -227,18 +254,75 @@ def _method(spec: RunSpec) -> Iterator[Problem]:
             "Name the tokens in token_indices." if isinstance(spec.method, TrainableTokensConfig) else "Change them.",
             setting="method.token_indices" if isinstance(spec.method, TrainableTokensConfig) else None,
         )
-    needed, available = planned.peak_bytes, planned.available_bytes
     if not planned.fits:
-        yield Problem(
-            "The run may need more memory than there is",
-            f"About {format_bytes(needed)} are needed and {format_bytes(available)} are there for this process."
-            + (f" That is with {planned.chosen}." if planned.chosen else ""),
-            "Lower max_length, load the model in 4 bits, or choose a smaller one."
-            if spec.training.gradient_checkpointing == "auto"
-            else "Set gradient_checkpointing to auto, or lower max_length.",
-            severity="warning",
-            setting="training.max_length",
-        )
+        yield _too_large(spec, planned)
+
+
+def _too_large(spec: RunSpec, planned: Plan) -> Problem:
+    """The problem of a run that does not fit, with the changes that would make it fit."""
+    needed, available = format_bytes(planned.peak_bytes), format_bytes(planned.available_bytes)
+    largest = max(planned.parts, key=lambda part: planned.parts[part])
+    chosen = f" That is with {planned.chosen}." if planned.chosen else ""
+    return Problem(
+        "The run may need more memory than there is",
+        f"About {needed} are needed and {available} are there for this process.{chosen}"
+        f" The largest part is {largest}, {format_bytes(planned.parts[largest])}.",
+        "Lower max_length, load the model in 4 bits, or choose a smaller one."
+        if spec.training.gradient_checkpointing == "auto"
+        else "Set gradient_checkpointing to auto, or lower max_length.",
+        severity="warning",
+        setting="training.max_length",
+        remedies=tuple(_smaller(spec, planned.available_bytes)),
+    )
+
+
+def _smaller(spec: RunSpec, available: int) -> Iterator[Remedy]:
+    """Changes of one kind each, the cheapest first, with which the run fits; all of them together if none does."""
+    together: dict[str, Any] = {}
+    found = False
+    for remedy in _savings(spec):
+        together |= remedy.changes
+        planned = plan(spec.updated(**remedy.changes), available_bytes=available)
+        if planned.fits:
+            found = True
+            yield Remedy(f"{remedy.label} ({format_bytes(planned.peak_bytes)})", remedy.changes)
+    if found or not together:
+        return
+    planned = plan(spec.updated(**together), available_bytes=available)
+    if planned.fits:
+        yield Remedy(f"save all that can be saved ({format_bytes(planned.peak_bytes)})", together)
+
+
+def _savings(spec: RunSpec) -> Iterator[Remedy]:
+    """What takes less memory, from what costs least in speed and quality on."""
+    training = spec.training
+    if training.gradient_checkpointing is False:
+        yield Remedy("compute layers again", {"training.gradient_checkpointing": "auto"})
+    if training.optim == "adamw_torch_fused":
+        yield Remedy("use 8-bit AdamW", {"training.optim": "adamw_8bit"})
+    if spec.method != "full" and not spec.model.load_in_4bit:
+        yield Remedy("use 4-bit", {"model.load_in_4bit": True, "model.load_in_8bit": False})
+    if spec.method == "full":
+        yield Remedy("use LoRA", {"method": "lora"})
+    for length in (training.max_length // 2, training.max_length // 4):
+        if length >= SHORTEST:
+            yield _shorter(length)
+
+
+def _shorter(length: int) -> Remedy:
+    return Remedy(f"shorten to {length:,}", {"training.max_length": length})
+
+
+def _of_method(spec: RunSpec, setting: str | None) -> list[Remedy]:
+    """What would mend an error of the method that is about this setting."""
+    values = spec.to_dict()["method"]
+    if setting == "method.target_modules" and values["target_modules"] != "all-linear":
+        return [Remedy("adapt all linear layers", {"method.target_modules": "all-linear"})]
+    if setting == "method.init_lora_weights":
+        return [Remedy("use the usual first weights", {"method.init_lora_weights": True})]
+    if setting in ("method.rank_pattern", "method.alpha_pattern"):
+        return [Remedy("one for all modules", {setting: {}})]
+    return []
 
 
 def _require_what_a_run_has(spec: RunSpec) -> None:

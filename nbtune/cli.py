@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -256,16 +256,16 @@ def _spec(
         raise NbtuneError(f"There is no file {file}", "", "Write one: `model:`, `data:`, `method:` and `training:`.")
     changes = dict(map(_change, set_))
     spec = RunSpec() if file is None else RunSpec.from_yaml(file)
-    if method is not None or "method" in changes:
-        spec = RunSpec.from_dict({**spec.to_dict(), "method": changes.pop("method", method)})
-    named = {"model.name": model, "data.source": data}
+    if "method" in changes:  # a preset depends on it
+        method = changes.pop("method")
+    named = {"model.name": model, "data.source": data, "method": method}
     spec = spec.updated(**{path: value for path, value in named.items() if value is not None})
     if preset is not None:
         spec = spec.preset(preset)
     return spec.updated(**changes)
 
 
-def _change(text: str) -> tuple[str, object]:
+def _change(text: str) -> tuple[str, Any]:
     """The name and the value of one --set."""
     import yaml
 

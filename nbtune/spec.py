@@ -385,9 +385,13 @@ class RunSpec(_Part):
     def updated(self, **changes: Any) -> RunSpec:
         """A copy with settings changed by name: `spec.updated(learning_rate=1e-4, r=8)` or `{"training.seed": 1}`.
 
-        Short names are those of `settings`; one that two parts share must be given in full. Raises SpecError for an
-        unknown or ambiguous name.
+        Short names are those of `settings`; one that two parts share must be given in full. `method` is the whole
+        method, as `RunSpec` takes it. Raises SpecError for an unknown or ambiguous name.
         """
+        if "method" in changes:
+            other = RunSpec.from_dict({**self.to_dict(), "method": changes.pop("method")})
+            other.data._rows = self.data._rows
+            return other.updated(**changes)
         values = self.to_dict()
         for name, value in changes.items():
             part, key = _resolve(name, self.method).split(".", 1)
