@@ -108,14 +108,14 @@ def train(
         for index, batch in enumerate(batches):
             if should_stop():
                 return None
-            if device.type == "cpu" and index > 0:
-                trim_heap()
             try:
                 with _seeded(training.seed, step, index, device), in_precision():
                     output = model(**_tensors(batch, device), num_items=num_items)
                 sums += torch.stack(output).detach()
                 penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
                 accelerator.backward(output.loss if penalty is None else output.loss + penalty)
+                if device.type == "cpu":
+                    trim_heap()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
