@@ -35,12 +35,19 @@ from nbtune.errors import SpecError
 from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, PromptLearningConfig, config_class
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.presets import PRESETS
+from nbtune.recipe import Step
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimiser = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lorafa"]
-DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages"]
+DataFormat = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "preference", "text"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Row = dict[str, Any]
+
+# The parts of a row, in all forms: what a mapping of columns can name.
+COLUMNS = (
+    "prompt", "completion", "system", "instruction", "input", "output", "messages", "conversations", "tools", "chosen",
+    "rejected", "text",
+)  # fmt: skip
 
 # Methods that do not adapt a linear layer's weight: with no targets named they have those of PEFT.
 _OWN_TARGETS = (PeftType.IA3, PeftType.LN_TUNING, PeftType.BEFT, PeftType.TRAINABLE_TOKENS)
@@ -75,6 +82,12 @@ class ModelSpec(_Part):
         min_length=1,
     )
     revision: str | None = _field(None, help="Branch, tag or commit of a hub model.", advanced=True)
+    chat_template: str | None = _field(
+        None,
+        help="How chats are written: chatml, llama3, gemma, mistral, phi3, zephyr, or a template in Jinja; none is the"
+        " model's own.",
+        advanced=True,
+    )
     dtype: Dtype = _field(
         "auto",
         help="Precision of the base weights; auto is bfloat16 where this machine computes it well.",
@@ -124,17 +137,59 @@ class ModelSpec(_Part):
         return 0.5 + (1 / 64 + 4 / (64 * 256) if self.bnb_4bit_use_double_quant else 4 / 64)
 
 
-class DataSpec(_Part):
-    """Where the examples come from and which of them are held out."""
+class SourceSpec(_Part):
+    """Rows, and how to read them."""
 
     source: str = _field(
         "stdlib-docs",
-        help="stdlib-docs, a .json, .jsonl, .csv or .parquet file, or a hub dataset id.",
+        help="stdlib-docs, a .json, .jsonl, .csv, .parquet, .txt or .md file, a folder of them, or a hub dataset id.",
         label="Data",
         min_length=1,
     )
     format: DataFormat = _field("auto", help="Shape of a row; auto reads it from the columns.", advanced=True)
+    columns: dict[str, str] | None = _field(
+        None,
+        help="What the parts of a row are made of: a column, or a text with columns in braces, as in"
+        " prompt: '{question} {context}', completion: answer.",
+        advanced=True,
+    )
     split: str = _field("train", help="Split of a hub dataset to train on.", advanced=True)
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if unknown := [name for name in value or () if name not in COLUMNS]:
+            raise ValueError(f"a row has no part {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+        return value or None
+
+    @property
+    def rows(self) -> tuple[Row, ...] | None:
+        """The rows given in memory, or None where `source` names a place to read."""
+        return None
+
+
+class MixedSpec(SourceSpec):
+    """Rows of another source, mixed in."""
+
+    weight: float | None = _field(
+        None, help="How many of its rows there are for each row of the first source; none takes all.", gt=0
+    )
+
+
+class DataSpec(SourceSpec):
+    """Where the examples come from, what is done to them, and which are held out."""
+
+    mix: list[MixedSpec] = _field(
+        [],
+        help="Other sources, as source and weight: the rows of it for each row of the first; without weight all.",
+        label="Mix in",
+        advanced=True,
+    )
+    recipe: list[Step] = _field(
+        [],
+        help="What is done to the rows, in this order: filter, length, deduplicate, decontaminate, sample, usable.",
+        advanced=True,
+    )
     eval_fraction: float = _field(
         0.05, help="Share of the rows held out to measure the loss on.", label="Held out", ge=0, lt=1
     )
@@ -148,9 +203,12 @@ class DataSpec(_Part):
     _rows: tuple[Row, ...] | None = PrivateAttr(default=None)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], **settings: Any) -> DataSpec:
-        """A spec over rows that exist only in memory; `source` becomes their content hash."""
-        rows = tuple(dict(row) for row in rows)
+    def from_rows(cls, rows: Any, **settings: Any) -> DataSpec:
+        """A spec over rows that exist only in memory; `source` becomes their content hash.
+
+        `rows` are dicts, a pandas DataFrame or a `datasets.Dataset`. Raises ValueError for anything else.
+        """
+        rows = tuple(_rows_of(rows))
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:12]
         spec = cls(source=f"memory:{digest}", **settings)
         spec._rows = rows
@@ -308,7 +366,7 @@ class RunSpec(_Part):
             return {"source": str(value)}
         if isinstance(value, DataSpec | Mapping):
             return value
-        return DataSpec.from_rows(_rows_of(value))
+        return DataSpec.from_rows(value)
 
     @field_validator("method", mode="plain")
     @classmethod
@@ -533,6 +591,8 @@ def _resolve(name: str, method: PeftConfig | Literal["full"]) -> str:
 def _rows_of(value: Any) -> list[Row]:
     """Rows of a list of dicts, a pandas DataFrame or a `datasets.Dataset`."""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # DataFrame, without importing pandas
+        if not value.columns.is_unique:
+            raise ValueError(f"the DataFrame has two columns {value.columns[value.columns.duplicated()][0]!r}")
         return typing.cast("list[Row]", value.to_dict(orient="records"))
     if hasattr(value, "to_list") and hasattr(value, "column_names"):  # datasets.Dataset, without importing datasets
         return typing.cast("list[Row]", value.to_list())

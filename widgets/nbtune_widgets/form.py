@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import ipywidgets as widgets
 import pydantic
+import pydantic_core
 import yaml
 from ipywidgets.widgets.widget_bool import CheckboxStyle
 from ipywidgets.widgets.widget_description import DescriptionStyle
@@ -189,7 +190,8 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list | dict):
-        return yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
+        plain = pydantic_core.to_jsonable_python(value)  # the steps of a recipe are models
+        return yaml.safe_dump(plain, default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
     return str(value)
 
 
