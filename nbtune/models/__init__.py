@@ -9,11 +9,13 @@
 
 from nbtune.models.adapter import attach_adapter
 from nbtune.models.info import ModelInfo, ModuleInfo, describe, skeleton
+from nbtune.models.known import Known, known_models
 from nbtune.models.loader import LoadedModel, load, load_tokenizer
 from nbtune.models.machine import available_memory, compute_dtype, default_device, missing_compiler
 from nbtune.models.source import Source, resolve
 
 __all__ = [
+    "Known",
     "LoadedModel",
     "ModelInfo",
     "ModuleInfo",
@@ -23,6 +25,7 @@ __all__ = [
     "compute_dtype",
     "default_device",
     "describe",
+    "known_models",
     "load",
     "load_tokenizer",
     "missing_compiler",

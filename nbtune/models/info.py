@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbtune.models.licence import licence
 from nbtune.models.loader import clear_errors
 from nbtune.models.source import OnStatus, Source, fetch, ignore_status, resolve
 from nbtune.spec import ModelSpec
@@ -42,6 +43,7 @@ class ModelInfo:
     dtype: str | None  # of the stored weights ("bfloat16"), where the config says
     tied_embeddings: bool
     has_chat_template: bool
+    licence: str | None  # as the model's own files state it
     modules: tuple[ModuleInfo, ...]
 
     def weight_bytes(self, bytes_per_parameter: int, quantised_bytes: float | None = None) -> int:
@@ -73,6 +75,7 @@ def describe(spec: ModelSpec, *, on_status: OnStatus = ignore_status) -> ModelIn
         dtype=str(model.config.dtype).removeprefix("torch.") if model.config.dtype else None,
         tied_embeddings=embeddings is not None and embeddings.weight is model.get_input_embeddings().weight,
         has_chat_template=_has_chat_template(folder),
+        licence=_licence(source, folder),
         modules=_linear_modules(model),
     )
 
@@ -95,20 +98,31 @@ def _skeleton(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedModel:
 
 
 def _linear_modules(model: PreTrainedModel) -> tuple[ModuleInfo, ...]:
-    from torch import nn
+    from nbtune.modules.base import LINEARS, features
 
-    return tuple(
-        ModuleInfo(
-            name,
-            kind=name.rpartition(".")[2],
-            layer=int(number[1]) if (number := re.search(r"\.(\d+)\.", name)) else None,
-            in_features=module.in_features,
-            out_features=module.out_features,
-            bias=module.bias is not None,
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LINEARS):
+            out_features, in_features = features(module)
+            number = re.search(r"\.(\d+)\.", name)
+            found.append(
+                ModuleInfo(
+                    name,
+                    kind=name.rpartition(".")[2],
+                    layer=int(number[1]) if number else None,
+                    in_features=in_features,
+                    out_features=out_features,
+                    bias=module.bias is not None,
+                )
+            )
+    return tuple(found)
+
+
+def _licence(source: Source, folder: Path) -> str | None:
+    if source.gguf_file is None:
+        return licence(folder)
+    assert source.path is not None
+    return licence(source.path, source.gguf_file)
 
 
 def _context_length(config: Any) -> int | None:

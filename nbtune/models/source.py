@@ -27,7 +27,7 @@ PACKAGED = {
 
 HUB_TIMEOUT = 5.0  # seconds until an unanswered look-up counts as no network
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "vocab.txt"]
+_CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "merges.txt", "vocab.txt", "README.md", "LICENSE*"]
 
 
 @dataclasses.dataclass(frozen=True)
