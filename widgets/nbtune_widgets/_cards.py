@@ -1,10 +1,11 @@
-"""Pieces of HTML that the wizard shows: the model, a row of the data with its loss, the plan, problems, the code."""
+"""Pieces of HTML that the wizard shows: the model, a row of the data with its loss, the plan, problems, changes."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from nbtune.spec import settings
 from nbtune_widgets._style import chip, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from nbtune.spec import RunSpec
 
 SHOWN_TOKENS = 220
+TIGHT = 0.2  # of the memory there is: with less than that to spare, other programs decide
 _COLORS = {
     "base weights": "#8796ad",
     "adapter": "#4878d8",
@@ -36,7 +38,8 @@ def model(info: ModelInfo) -> str:
         ("Layers", f"{info.layers} of width {info.hidden_size:,}"),
         ("Vocabulary", f"{info.vocabulary:,} tokens" + (", tied to the output" if info.tied_embeddings else "")),
         ("Context", f"{info.context_length:,} tokens" if info.context_length else "no limit stated"),
-        ("Weights", info.dtype or "not stated"),
+        ("Stored as", info.dtype or "not stated"),
+        ("Licence", info.licence or "its files state none"),
         ("Chat template", "its own" if info.has_chat_template else "none: rows must be prompt and completion"),
         ("From", str(info.source.path or info.source.name)),
     ]
@@ -82,31 +85,77 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 def plan(planned: Plan) -> str:
     """Memory by part as a bar, its share of what is free as a line under it, and the sums beside it."""
     peak = planned.peak_bytes
-    parts = [(name, size) for name, size in planned.parts.items() if size]
-    bar = "".join(
-        f'<div style="width:{100 * size / peak:.2f}%;background:{_COLORS.get(name, "#b3bac6")}" '
-        f'title="{escape(name)} {gigabytes(size)}">{escape(name) if size > 0.16 * peak else ""}</div>'
-        for name, size in parts
-    )
-    keys = "".join(
-        f'<span><i style="background:{_COLORS.get(name, "#b3bac6")}"></i>{escape(name)} {gigabytes(size)}</span>'
-        for name, size in parts
-    )
     share = min(1.0, peak / planned.available_bytes) if planned.available_bytes else 1.0
     color = "var(--nt-red)" if peak > planned.available_bytes else "var(--nt-soft)"
     gauge = f'<div class="nt-gauge"><div style="width:{100 * share:.1f}%;background:{color}"></div></div>'
-    return f'<div class="nt-plan"><div class="nt-parts">{bar}</div>{gauge}<div class="nt-keys">{keys}</div></div>'
+    bar = f'<div class="nt-parts">{_bar(planned, peak)}</div>'
+    return f'<div class="nt-plan">{bar}{gauge}<div class="nt-keys">{_keys(planned)}</div></div>'
 
 
-def sums(planned: Plan, spec: RunSpec) -> str:
-    """1.6 GB of 23.4 GB · about 4 min, and what that is made of."""
+def memory(planned: Plan) -> str:
+    """Memory by part as a bar as long as the machine's memory, what is left of it, and how the step is laid out."""
+    peak, there = planned.peak_bytes, planned.available_bytes
+    whole = max(peak, there)
+    limit = "" if peak <= there else f'<i class="nt-limit" style="left:{100 * there / whole:.2f}%"></i>'
+    bar = f'<div class="nt-parts nt-scale">{_bar(planned, whole)}{limit}</div>'
+    kind, text = fit(planned)
+    needs = f"{gigabytes(peak)} of {gigabytes(there)}"
+    head = f'<span class="nt-b">{needs}</span> <span class="nt-fit nt-{kind}">{text}</span>'
+    again = f"{planned.checkpointed_layers} of {planned.layers} layers computed again"
+    parts = [
+        f"micro-batches of {planned.micro_batch_size} x {planned.accumulation}",
+        f"{planned.packing_length:,} tokens in each",
+        again if planned.checkpointed_layers else "no layer computed again",
+        *([] if planned.traced else ["activations estimated"]),
+    ]
+    layout = ", ".join(parts)
+    return f'{head}{bar}<div class="nt-keys">{_keys(planned)}</div><div class="nt-soft nt-small">{layout}</div>'
+
+
+def fit(planned: Plan) -> tuple[Literal["fits", "tight", "no"], str]:
+    """Whether a run fits into the memory there is, and by how much."""
+    spare = planned.available_bytes - planned.peak_bytes
+    if spare < 0:
+        return "no", f"does not fit, {gigabytes(-spare)} short"
+    if spare < TIGHT * planned.available_bytes or planned.chosen:
+        return "tight", f"tight, {gigabytes(spare)} to spare"
+    return "fits", f"fits, {gigabytes(spare)} to spare"
+
+
+def size(count: float) -> str:
+    """Bytes in as few figures as tell sizes apart: 0.27 GB, 15.2 GB, 47 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e10 else gigabytes(count)
+
+
+def _bar(planned: Plan, whole: int) -> str:
+    return "".join(
+        f'<div style="width:{100 * part / whole:.2f}%;background:{_COLORS.get(name, "#b3bac6")}" '
+        f'title="{escape(name)} {gigabytes(part)}">{escape(name) if part > 0.16 * whole else ""}</div>'
+        for name, part in planned.parts.items()
+        if part
+    )
+
+
+def _keys(planned: Plan) -> str:
+    return "".join(
+        f'<span><i style="background:{_COLORS.get(name, "#b3bac6")}"></i>{escape(name)} {gigabytes(part)}</span>'
+        for name, part in planned.parts.items()
+        if part
+    )
+
+
+def sums(planned: Plan, spec: RunSpec, before: int | None = None) -> str:
+    """1.6 GB of 23.4 GB · about 4 min, and what that is made of; `before` is the last plan's peak in bytes."""
     free, training = planned.available_bytes, spec.training
     about = f" · about {duration(planned.seconds)}" if planned.seconds is not None else ""
     packed = ", packed" if training.packing else ""
     steps = f"{training.max_steps:,} steps" if training.max_steps > 0 else _epochs(training.num_train_epochs)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    change = planned.peak_bytes - (before if before is not None else planned.peak_bytes)
+    sign = f' <span class="nt-soft">({"+" if change > 0 else "−"}{gigabytes(abs(change))})</span>'
     return (
-        f'<div class="nt-right"><div class="nt-b">{gigabytes(planned.peak_bytes)} of {gigabytes(free)}{about}</div>'
+        f'<div class="nt-right"><div class="nt-b">{gigabytes(planned.peak_bytes)}{sign if abs(change) > 1e6 else ""}'
+        f" of {gigabytes(free)}{about}</div>"
         f'<div class="nt-soft nt-small">{steps} of {rows} x {training.max_length} tokens{packed}</div></div>'
     )
 
@@ -121,57 +170,34 @@ def problem(found: Problem) -> str:
     return f'<div class="nt-problem {kind}"><span class="nt-b">{escape(found.title)}</span>{lines}</div>'
 
 
-def python(spec: RunSpec) -> str:
-    """The run as a program: what differs from the defaults, and nothing else."""
-    arguments = [f"    model={_part(spec, 'model', 'name', 'nt.ModelSpec')},"]
-    if spec.data.rows is None:
-        arguments.append(f"    data={_part(spec, 'data', 'source', 'nt.DataSpec')},")
-    else:
-        arguments.append("    data=rows,  # the rows that were given to this wizard")
-    if spec.method == "full":
-        arguments.append('    method="full",')
-    else:
-        changes = _differences(spec.method.to_dict(), type(spec.method)().to_dict())
-        arguments.append(f"    method={_call(f'nt.{type(spec.method).__name__}', changes)},")
-    for part in ("training", "tracking"):
-        changes = _changes(spec, part)
-        if changes:
-            arguments.append(f"    {part}={changes!r},")
-    return "\n".join(
-        ["import nbtune as nt", "", "spec = nt.RunSpec(", *arguments, ")", "run = nt.train(spec)", "run.watch()"]
+def differences(before: RunSpec, after: RunSpec) -> list[tuple[str, str, str]]:
+    """The settings in which two specs differ: (label, old value, new value)."""
+    old, new = before.to_dict(), after.to_dict()
+    another = before.method_name != after.method_name
+    found = [("Method", before.method_name, after.method_name)] if another else []
+    for setting in settings(after.method):
+        if another and setting.part == "method":
+            continue
+        one, two = old[setting.part].get(setting.name), new[setting.part].get(setting.name)
+        if one != two:
+            found.append((setting.label, _said(one), _said(two)))
+    return found
+
+
+def changed(why: str, differing: list[tuple[str, str, str]]) -> str:
+    """What a preset or a remedy did, in a line."""
+    parts = " · ".join(
+        f'{escape(label)} <span class="nt-soft">{escape(old)} →</span> <span class="nt-b">{escape(new)}</span>'
+        for label, old, new in differing
     )
+    parts = parts or "all of it is set already"
+    return f'<div class="nt-problem nt-info" role="status"><span class="nt-b">{escape(why)}</span>: {parts}</div>'
 
 
-def _part(spec: RunSpec, part: str, key: str, cls: str) -> str:
-    changes = _changes(spec, part)
-    value = spec.to_dict()[part][key]
-    changes.pop(key, None)
-    return _call(cls, {key: value, **changes}) if changes else repr(value)
-
-
-def _changes(spec: RunSpec, part: str) -> dict[str, Any]:
-    return _differences(spec.to_dict()[part], type(spec)().to_dict()[part])
-
-
-def _differences(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value != defaults[name]}
-
-
-def _call(name: str, arguments: dict[str, Any]) -> str:
-    """name(a=1, b=2), one argument a line where that is long."""
-    parts = [f"{key}={_literal(value)}" for key, value in arguments.items()]
-    line = f"{name}({', '.join(parts)})"
-    if len(line) < 80:
-        return line
-    return f"{name}(\n" + "".join(f"        {part},\n" for part in parts) + "    )"
-
-
-def _literal(value: Any) -> str:
-    """As a person writes it: a run of numbers as a range."""
-    numbers = isinstance(value, list) and len(value) > 3 and all(isinstance(item, int) for item in value)
-    if numbers and value == list(range(value[0], value[-1] + 1)):
-        return f"list(range({value[0]}, {value[-1] + 1}))"
-    return repr(value)
+def _said(value: Any) -> str:
+    words = {True: "yes", False: "no", None: "none"}
+    text = words[value] if isinstance(value, bool | None) else f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) < 48 else f"{text[:45]}..."
 
 
 def pre(text: str) -> str:

@@ -37,13 +37,17 @@ class Frame:
         self.on_go: Callable[[int], None] = self.go
         self.machine = widgets.HTML(chip(f"{cores()} cores"), layout=widgets.Layout(margin="0 0 0 auto"))
         self.status, self.notice = widgets.HTML(), widgets.HTML()
+        self.told = widgets.HTML(layout=widgets.Layout(flex="1 1 auto", min_width="0"))
+        self.undo = self.button("Undo", self._undo, "Everything as it was before")
+        self.on_undo: Act = lambda: None
+        self._told = widgets.HBox([self.told, self.undo], layout=widgets.Layout(display="none", align_items="center"))
         self.plan = widgets.HTML(layout=widgets.Layout(flex="1 1 320px", min_width="0"))
         self.sums = widgets.HTML(layout=widgets.Layout(flex="0 1 auto"))
         self.back = self.button("Back", lambda: self.on_go(self.step - 1))
         self.next = self.button("Next", lambda: self.on_go(self.step + 1))
         self.start = widgets.Button(description="Start", tooltip="Train with these settings")
         self.start.add_class("nt-primary")
-        self.form = widgets.VBox([self._body(), self._foot()])
+        self.form = widgets.VBox([self._told, self._body(), self._foot()])
         self.run_box = widgets.VBox()
         card = widgets.VBox([self._head(), self.form, self.status, self.notice])
         for name in ("nbtune", "nt-card"):
@@ -78,6 +82,14 @@ class Frame:
             mark = "! " if number in wrong else "✓ " if number < self.step else ""
             pill.description = f"{mark}{number + 1} {STEPS[number]}"
             set_class(pill, "nt-wrong", on=number in wrong)
+
+    def tell(self, html: str) -> None:
+        """Show above the page what was changed, with a button that undoes it; "" for nothing."""
+        self.told.value = html
+        self._told.layout.display = None if html else "none"
+
+    def _undo(self) -> None:
+        self.on_undo()
 
     def say(self, text: str) -> None:
         """Say what is being done."""

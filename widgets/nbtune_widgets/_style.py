@@ -110,6 +110,42 @@ CSS = """
 .nbtune .nt-problem.nt-good{border-color:var(--nt-green);background:rgba(47,148,97,.10)}
 .nbtune .nt-tabs button.jupyter-button{height:26px;line-height:24px;font-size:12px;padding:0 10px}
 .nbtune .nt-tabs button.jupyter-button.mod-active{background:var(--nt-tint);color:var(--nt-blue);box-shadow:none}
+.nbtune button.jupyter-button.nt-reset{border-color:transparent;background:transparent;padding:0;width:24px;
+ min-width:24px;color:var(--nt-blue);font-size:15px}
+.nbtune .nt-field{flex-wrap:nowrap}
+.nbtune .nt-known{gap:2px 6px;align-items:center;min-height:32px}
+.nbtune button.jupyter-button.nt-chipped{height:26px;line-height:24px;border-radius:13px;font-size:12px;padding:0 12px;
+ margin:0}
+.nbtune button.jupyter-button.nt-chipped.nt-on{background:var(--nt-tint);border-color:var(--nt-blue);
+ color:var(--nt-blue)}
+.nbtune .nt-wide button.jupyter-button.nt-method{width:208px}
+.nbtune button.jupyter-button.nt-method.nt-fits{border-left:3px solid var(--nt-green)}
+.nbtune button.jupyter-button.nt-method.nt-tight{border-left:3px solid var(--nt-amber)}
+.nbtune button.jupyter-button.nt-method.nt-no{border-left:3px solid var(--nt-red)}
+.nbtune .nt-fit{margin-left:8px;font-weight:600} .nbtune .nt-fit.nt-fits{color:var(--nt-green)}
+.nbtune .nt-fit.nt-tight{color:var(--nt-amber)} .nbtune .nt-fit.nt-no{color:var(--nt-red)}
+.nbtune .nt-scale{position:relative;height:22px;margin:6px 0 7px}
+.nbtune .nt-scale div{line-height:22px}
+.nbtune .nt-scale .nt-limit{position:absolute;top:0;bottom:0;width:2px;background:var(--nt-red)}
+.nbtune .nt-time{color:var(--nt-ink);margin-top:2px}
+.nbtune .nt-review .nt-heading{margin:10px 0 4px}
+.nbtune .nt-remedies{gap:4px 6px}
+.nbtune .nt-cells i.nt-none{background:transparent;box-shadow:none}
+.nbtune .nt-map{display:grid;gap:3px 2px;align-items:center;margin:2px 0 6px;user-select:none;
+ grid-template-columns:max-content repeat(var(--layers),minmax(0,1fr)) max-content}
+.nbtune .nt-map [role=row]{display:contents}
+.nbtune .nt-map button{all:unset;box-sizing:border-box;cursor:pointer;border-radius:3px}
+.nbtune .nt-map button:focus-visible{outline:2px solid var(--nt-ink);outline-offset:1px}
+.nbtune .nt-map [data-at]{height:15px;background:var(--nt-wash);box-shadow:inset 0 0 0 1px var(--nt-line);
+ touch-action:none}
+.nbtune .nt-map [data-at]:hover{box-shadow:inset 0 0 0 1.5px var(--nt-blue)}
+.nbtune .nt-map [data-at][aria-selected=true]{background:var(--nt-blue);box-shadow:none}
+.nbtune .nt-map [data-at][aria-selected=true]:hover{opacity:.75}
+.nbtune .nt-map [role=rowheader] button{font-size:12px;font-weight:600;color:var(--nt-ink);padding-right:10px}
+.nbtune .nt-map [role=rowheader] button:hover,.nbtune .nt-map [role=columnheader] button:hover{color:var(--nt-blue)}
+.nbtune .nt-map [role=columnheader]{display:flex;justify-content:center;min-width:0}
+.nbtune .nt-map [role=columnheader] button{font-size:9px;line-height:14px;color:var(--nt-soft);text-align:center}
+.nbtune .nt-map .nt-shape{font-size:12px;color:var(--nt-soft);padding-left:10px}
 """
 
 

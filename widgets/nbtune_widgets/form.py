@@ -22,6 +22,7 @@ import pydantic
 import pydantic_core
 import yaml
 from ipywidgets.widgets.widget_bool import CheckboxStyle
+from ipywidgets.widgets.widget_button import ButtonStyle
 from ipywidgets.widgets.widget_description import DescriptionStyle
 from ipywidgets.widgets.widget_string import HTMLStyle, TextStyle
 
@@ -42,7 +43,8 @@ class Look:
         self.row = widgets.Layout(align_items="center", flex_flow="row wrap")
         self.help = widgets.Layout(flex="1 1 180px", min_width="160px")
         self.number, self.choice, self.line = (widgets.Layout(width=width) for width in ("250px", "290px", "430px"))
-        self.html = HTMLStyle()
+        self.shown, self.hidden = (widgets.Layout(visibility=seen, width="28px") for seen in ("visible", "hidden"))
+        self.html, self.button = HTMLStyle(), ButtonStyle()
         self.text = TextStyle(description_width=LABEL_WIDTH)
         self.check = CheckboxStyle(description_width=LABEL_WIDTH)
         self.description = DescriptionStyle(description_width=LABEL_WIDTH)
@@ -55,12 +57,16 @@ class Field:
         self.setting = setting
         self.error = ""
         self.on_change: Callable[[Field], None] = lambda _: None
-        look = look or Look()
+        self._look = look = look or Look()
         self._adapter = pydantic.TypeAdapter(_limited(setting))
         self.control = _control(setting, look)
         self.control.observe(lambda _: self._changed(), names="value")
         self._help = widgets.HTML(layout=look.help, style=look.html)
-        self.widget = widgets.HBox([self.control, self._help], layout=look.row)
+        told = f"Back to the default, {_said(setting.default)}"
+        self.reset = widgets.Button(description="↺", tooltip=told, layout=look.hidden, style=look.button)
+        self.reset.add_class("nt-reset")
+        self.reset.on_click(lambda _: self.set_default())
+        self.widget = widgets.HBox([self.control, self.reset, self._help], layout=look.row)
         self.widget.add_class("nt-field")
         self.mark("")
 
@@ -72,20 +78,28 @@ class Field:
     @value.setter
     def value(self, value: Any) -> None:
         if isinstance(self.control, widgets.Text):
-            self.control.value = _text(value)
+            self.control.value = _text(self._adapter.dump_python(value, mode="json"))
             return
         pattern, choices = self.setting.pattern, self.setting.choices or ()
         if isinstance(self.control, widgets.Dropdown) and pattern and re.fullmatch(pattern, str(value)):
             self.control.options = [(_choice(choice), choice) for choice in dict.fromkeys([*choices, value])]
         self.control.value = value
 
+    def holds(self, value: Any) -> bool:
+        """Whether this is its value."""
+        try:
+            return self.value == value
+        except FieldError:
+            return False
+
     @property
     def changed(self) -> bool:
         """Whether it differs from the default; what cannot be read does."""
-        try:
-            return self.value != self.setting.default
-        except FieldError:
-            return True
+        return not self.holds(self.setting.default)
+
+    def set_default(self) -> None:
+        """As a click on the arrow beside it."""
+        self.value = self.setting.default
 
     def mark(self, reason: str) -> None:
         """Show why the value will not do; nothing takes the mark away."""
@@ -96,6 +110,7 @@ class Field:
         (self.control.add_class if reason else self.control.remove_class)("nt-bad")
 
     def _changed(self) -> None:
+        self.reset.layout = self._look.shown if self.changed else self._look.hidden
         try:
             self._parsed(self.control.value)
         except FieldError as error:
@@ -178,12 +193,18 @@ def _read(text: str, annotation: Any) -> Any:
         return None
     if _takes(annotation, dict) and (":" in text or not _takes(annotation, list)):
         return yaml.safe_load("{" + text.strip("{}") + "}")
-    if _takes(annotation, list):
+    if _takes(annotation, list) or _takes(annotation, tuple):
         # One name is a list of one: as a text it would be a regular expression over whole paths.
         names = _NAMES.fullmatch(text) and text.lower() != "all-linear"
         if names or not _takes(annotation, str):
             return yaml.safe_load("[" + text.strip("[]") + "]")
     return text
+
+
+def _said(value: Any) -> str:
+    """A value in the words of the form, short."""
+    text = _choice(value) if isinstance(value, bool | None) else _text(value) or "none"
+    return text if len(text) < 40 else f"{text[:37]}..."
 
 
 def _text(value: Any) -> str:

@@ -16,11 +16,12 @@ from ipywidgets import DOMWidget
 from nbtune.errors import SpecError
 from nbtune.peft.config import PeftConfig
 from nbtune.peft.configs.lora import LoraConfig
-from nbtune.spec import DataSpec, ModelSpec, RunSpec, Setting, settings
+from nbtune.spec import DataSpec, ModelSpec, RunSpec, Setting, TrainingSpec, settings
 from nbtune_widgets.form import Field, FieldError, Group, Look
 
 FULL = "full"
-TARGETS = "method.target_modules"
+TARGETS, LAYERS = "method.target_modules", "method.layers_to_transform"
+PICKED = (TARGETS, LAYERS, "method.rank_pattern")  # what the module picker says
 PARTS = ("model", "data", "training", "tracking")
 
 
@@ -52,21 +53,27 @@ class SpecForm:
         if self.method != FULL and self.method not in self._of_method:
             made = self._made([found for found in settings(config(self.method)) if found.part == "method"])
             self._of_method[self.method] = made
-            self._method_groups[self.method] = Group([field for path, field in made.items() if path != TARGETS])
+            self._method_groups[self.method] = Group([field for path, field in made.items() if path not in PICKED])
         return {**self._common, **self._of_method.get(self.method, {})}
 
     @property
     def method_group(self) -> Group | None:
-        """The fields of the chosen method but TARGETS, which stands below the map; None for "full"."""
+        """The fields of the chosen method but PICKED, which stand below the map; None for "full"."""
         _ = self.fields  # makes the group
         return self._method_groups.get(self.method)
+
+    @property
+    def picked(self) -> dict[str, Field]:
+        """The fields below the map, as far as the chosen method has them."""
+        fields = self.fields
+        return {path: fields[path] for path in PICKED if path in fields}
 
     @property
     def widgets(self) -> list[DOMWidget]:
         """Every widget of the form, also of the methods that were chosen before."""
         groups = (*self.groups.values(), *self._method_groups.values())
-        targets = (fields[TARGETS] for fields in self._of_method.values() if TARGETS in fields)
-        return [part.widget for part in (*groups, *targets)]
+        picked = (fields[path] for fields in self._of_method.values() for path in PICKED if path in fields)
+        return [part.widget for part in (*groups, *picked)]
 
     @property
     def spec(self) -> RunSpec:
@@ -100,6 +107,14 @@ class SpecForm:
             return ModelSpec(**self.values("model"))
         except pydantic.ValidationError as error:
             raise FormError("The settings do not fit each other", self._blame(error)) from error
+
+    def optimizer_bytes(self, sizes: list[int]) -> int:
+        """What the chosen optimiser keeps of trained tensors of these sizes; of the usual one where none is chosen."""
+        from nbtune.models import default_device
+
+        optim = self.fields["training.optim"]
+        training = TrainingSpec() if optim.error else TrainingSpec(optim=optim.value)
+        return training.optimizer_bytes(sizes, default_device().type)
 
     def values(self, part: str) -> dict[str, Any]:
         """The values of one part's fields. Raises FormError naming a field that cannot be read."""
