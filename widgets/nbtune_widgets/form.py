@@ -101,6 +101,11 @@ class Field:
         """As a click on the arrow beside it."""
         self.value = self.setting.default
 
+    def offer(self, values: Sequence[str]) -> None:
+        """Values to complete what is typed with; any other can be typed too."""
+        assert isinstance(self.control, widgets.Combobox), f"{self.setting.path} is not a line of text"
+        self.control.options = values
+
     def mark(self, reason: str) -> None:
         """Show why the value will not do; nothing takes the mark away."""
         self.error = reason
@@ -161,7 +166,8 @@ def _control(setting: Setting, look: Look) -> widgets.Dropdown | widgets.Checkbo
             options=options, value=setting.default, style=look.description, layout=look.choice, **told)  # fmt: skip
     if setting.type is bool:
         return widgets.Checkbox(value=setting.default, style=look.check, layout=look.choice, **told)
-    return widgets.Text(
+    line = widgets.Combobox if setting.type is str else widgets.Text  # a line that can be offered values
+    return line(
         value=_text(setting.default), continuous_update=False, style=look.text, **told,
         placeholder="none" if _takes(setting.type, type(None)) else "",
         layout=look.number if setting.type in (int, float) else look.line)  # fmt: skip

@@ -22,6 +22,7 @@ from nbtune_widgets.form import Field, FieldError, Group, Look
 FULL = "full"
 TARGETS, LAYERS = "method.target_modules", "method.layers_to_transform"
 PICKED = (TARGETS, LAYERS, "method.rank_pattern")  # what the module picker says
+SOURCE = "data.source"  # which stands beside what there is to choose from
 PARTS = ("model", "data", "training", "tracking")
 
 
@@ -43,7 +44,8 @@ class SpecForm:
         self._blamed: set[str] = set()
         self._look = Look()
         self._common = self._made(settings(FULL))
-        self.groups = {part: Group([f for f in self._common.values() if f.setting.part == part]) for part in PARTS}
+        grouped = [field for path, field in self._common.items() if path != SOURCE]
+        self.groups = {part: Group([f for f in grouped if f.setting.part == part]) for part in PARTS}
         self._of_method: dict[str, dict[str, Field]] = {}  # made when first chosen: there are many methods
         self._method_groups: dict[str, Group] = {}
 

@@ -1,0 +1,122 @@
+"""Where the rows come from: a path or a name with completion, a table of this notebook, or a pasted text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from nbtune.errors import DataError
+from nbtune.spec import DataSpec, RunSpec
+from nbtune_widgets._frame import set_class
+from nbtune_widgets._offers import data_files, tables
+from nbtune_widgets._page import Host
+from nbtune_widgets.specform import SOURCE, SpecForm
+
+BUTTONS = 6  # of files, and of tables; the line completes the others
+
+
+class SourcePicker:
+    """The field `data.source`, with what there is to choose from as buttons, and a box to paste rows into."""
+
+    def __init__(self, form: SpecForm, host: Host) -> None:
+        self._form = form
+        self._host = host
+        self._spec: RunSpec | None = None
+        self._names: dict[str, str] = {}  # source of rows in memory -> what a person calls them
+        self.buttons: dict[str, widgets.Button] = {}  # by source, or by the name of a table
+        self._offers = widgets.VBox()
+        self.paste = widgets.Textarea(
+            placeholder='Rows to paste: JSON, JSON lines, CSV with a line of column names, or plain text',
+            rows=6, layout=widgets.Layout(width="auto"), continuous_update=False)  # fmt: skip
+        self.use = host.button("Use these rows", self.use_pasted)
+        self._pasting = widgets.VBox([self.paste, self.use], layout=widgets.Layout(display="none"))
+        self._pasting.add_class("nt-panel")
+        self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
+        self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, self._pasting])
+
+    def refresh(self, spec: RunSpec) -> None:
+        """Look again at what there is to choose from. Called on the worker's thread."""
+        self._spec = spec
+        source = spec.data.source
+        files = data_files(Path.cwd(), near=None if spec.data.rows is not None else source)
+        self._form.fields[SOURCE].offer(["stdlib-docs", *files])
+        found = tables()
+        lines = [
+            ("Built in", [self._file_button("stdlib-docs")]),
+            ("In this folder", [self._file_button(name) for name in self._worth_a_button(files)]),
+            ("In this notebook", [self._table_button(name, value) for name, value in list(found.items())[:BUTTONS]]),
+        ]
+        self.buttons = {button.tooltip: button for _, buttons in lines for button in buttons}
+        former = self._offers.children
+        self._offers.children = [_line(title, buttons) for title, buttons in lines if buttons] + [
+            _line("Elsewhere", [self.open_paste])
+        ]
+        for line in former:
+            for child in line.children:
+                if child is not self.open_paste:
+                    child.close()
+            line.close()
+        for name, button in self.buttons.items():
+            set_class(button, "nt-on", on=name == source or name == self._names.get(source))
+
+    def label(self, spec: RunSpec) -> str:
+        """What the data is called: the name of a file, of a table of the notebook, or of a dataset."""
+        source = spec.data.source
+        if spec.data.rows is not None:
+            return self._names.get(source, "rows given in Python")
+        return Path(source).name if Path(source).exists() else source
+
+    def choose(self, source: str) -> None:
+        """As a click on the button of a file or of a built-in name."""
+        self._host.change({"data": {**self._kept, "source": source}}, Path(source).name)
+
+    def take(self, name: str, value: Any) -> None:
+        """As a click on the button of a table: the rows that it has now."""
+
+        def work() -> None:
+            try:
+                self._give(DataSpec.from_rows(value, **self._kept), name)
+            except ValueError as error:
+                raise DataError(f"{name} cannot be used as rows", f"{error}") from error
+
+        self._host.ask("rows", f"Reading {name} …", work)
+
+    def use_pasted(self) -> None:
+        """As a click on the button below the box."""
+        from nbtune.data.sources import from_text
+
+        text, name = self.paste.value, "pasted rows"
+        self._host.ask("rows", f"Reading the {name} …", lambda: self._give(from_text(text, **self._kept), name))
+
+    def _give(self, rows: DataSpec, name: str) -> None:
+        self._names[rows.source] = name
+        self._pasting.layout.display = "none"
+        self._host.change({"data": rows}, name)
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        """The settings of the data that another source keeps; its columns are others."""
+        return {} if self._spec is None else self._spec.data.model_dump(exclude={"source", "columns", "format"})
+
+    def _toggle_paste(self) -> None:
+        self._pasting.layout.display = None if self._pasting.layout.display == "none" else "none"
+
+    def _worth_a_button(self, files: list[str]) -> list[str]:
+        """Files in this folder that are rows: prose is more often a README."""
+        here = [name for name in files if Path(name).suffix not in (".txt", ".md") and not Path(name).is_absolute()]
+        return sorted(here, key=lambda name: name.count("/"))[:BUTTONS]
+
+    def _file_button(self, source: str) -> widgets.Button:
+        return self._host.button(source, lambda: self.choose(source), source)
+
+    def _table_button(self, name: str, value: Any) -> widgets.Button:
+        return self._host.button(f"{name} · {len(value):,} rows", lambda: self.take(name, value), name)
+
+
+def _line(title: str, buttons: list[widgets.Button]) -> widgets.HBox:
+    head = widgets.HTML(f'<span class="nt-soft nt-small">{title}</span>', layout=widgets.Layout(width="128px"))
+    line = widgets.HBox([head, *buttons], layout=widgets.Layout(flex_flow="row wrap"))
+    line.add_class("nt-sources")
+    return line
