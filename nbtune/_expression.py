@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 _Value = Callable[[Row], Any]
 
 LONGEST = 2000  # characters of a condition
+DEEPEST = 50  # operations within operations
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -53,45 +54,47 @@ class Condition:
         if len(text) > LONGEST:
             raise ConditionError(f"the condition has {len(text):,} characters, more than {LONGEST:,}")
         try:
-            tree = ast.parse(text.strip(), mode="eval")
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            self._holds = self._read(ast.parse(text.strip(), mode="eval").body, depth=0)
+        except (SyntaxError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
             raise ConditionError(f"{text!r} cannot be read: {reason}") from error
-        self._holds = self._read(tree.body)
 
     def __call__(self, row: Row) -> bool:
-        """Whether it holds for `row`; a column that a row lacks is null. Raises ConditionError where it has no answer."""
+        """Whether it holds for `row`; a column that a row lacks is null. Raises ConditionError if that is unclear."""
         try:
             return bool(self._holds(row))
-        except (TypeError, ZeroDivisionError, OverflowError) as error:
+        except (TypeError, ArithmeticError) as error:
             raise ConditionError(str(error)) from error
 
-    def _read(self, node: ast.expr) -> _Value:
+    def _read(self, node: ast.expr, depth: int) -> _Value:
+        if depth > DEEPEST:
+            raise ConditionError(f"the condition is nested more than {DEEPEST} deep")
+        depth += 1
         match node:
             case ast.Constant(value=str() | int() | float() | None as value):
-                return lambda row: value
+                return lambda _: value
             case ast.Name(id=name):
                 return self._column(name)
             case ast.Subscript(value=ast.Name(id="row"), slice=ast.Constant(value=str() as name)):
                 return self._column(name)
             case ast.BoolOp(op=op, values=values):
-                parts, both = [self._read(value) for value in values], isinstance(op, ast.And)
+                parts, both = [self._read(value, depth) for value in values], isinstance(op, ast.And)
                 return lambda row: (all if both else any)(part(row) for part in parts)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                value = self._read(operand)
+                value = self._read(operand, depth)
                 return lambda row: not value(row)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                value = self._read(operand)
+                value = self._read(operand, depth)
                 return lambda row: -value(row)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _calculated(_ARITHMETIC[type(op)], self._read(left), self._read(right))
+                return _calculated(_ARITHMETIC[type(op)], self._read(left, depth), self._read(right, depth))
             case ast.Compare(left=left, ops=ops, comparators=comparators):
-                return self._compared([left, *comparators], ops)
+                return _compared([self._read(side, depth) for side in (left, *comparators)], ops)
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
-                function, value = _FUNCTIONS[name], self._read(argument)
+                function, value = _FUNCTIONS[name], self._read(argument, depth)
                 return lambda row: function(value(row))
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
-                values = [self._read(element) for element in elements]
+                values = [self._read(element, depth) for element in elements]
                 return lambda row: [value(row) for value in values]
         raise ConditionError(f"`{ast.unparse(node)}` is not understood. {_KNOWN}")
 
@@ -99,14 +102,15 @@ class Condition:
         self.columns.add(name)
         return lambda row: row.get(name)
 
-    def _compared(self, sides: list[ast.expr], ops: list[ast.cmpop]) -> _Value:
-        values, compare = [self._read(side) for side in sides], [_COMPARISONS[type(op)] for op in ops]
 
-        def compared(row: Row) -> bool:
-            found = [value(row) for value in values]
-            return all(holds(found[i], found[i + 1]) for i, holds in enumerate(compare))
+def _compared(values: list[_Value], ops: list[ast.cmpop]) -> _Value:
+    compare = [_COMPARISONS[type(op)] for op in ops]
 
-        return compared
+    def compared(row: Row) -> bool:
+        found = [value(row) for value in values]
+        return all(holds(found[i], found[i + 1]) for i, holds in enumerate(compare))
+
+    return compared
 
 
 def _calculated(operation: Callable[[Any, Any], Any], left: _Value, right: _Value) -> _Value:

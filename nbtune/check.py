@@ -19,6 +19,7 @@ from nbtune.peft.config import LayerConfig, PeftConfig
 from nbtune.peft.configs.lora import AdaLoraConfig, LoraConfig
 from nbtune.peft.configs.vectors import TrainableTokensConfig
 from nbtune.plan import Plan, format_bytes, plan
+from nbtune.recipe import Length
 from nbtune.spec import RunSpec, method_label, settings
 
 if TYPE_CHECKING:
@@ -178,9 +179,13 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
 
 def _data(spec: RunSpec) -> Iterator[Problem]:
     from nbtune.data import read_rows
+    from nbtune.models import load_tokenizer
 
     try:
-        read_rows(spec.data)
+        counts_tokens = any(isinstance(step, Length) and step.unit == "tokens" for step in spec.data.recipe)
+        read_rows(spec.data, tokenizer=load_tokenizer(spec.model) if counts_tokens else None)
+    except ModelError:
+        return  # said of the model
     except NbtuneError as error:
         yield _problem(error, "data.source")
 

@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from nbtune.chat_templates import STANDARD, chat_template
 from nbtune.errors import SpecError
 from nbtune.peft.config import LayerConfig, PeftConfig, PeftType, PromptLearningConfig, config_class
 from nbtune.peft.configs.lora import LoraConfig
@@ -84,8 +85,7 @@ class ModelSpec(_Part):
     revision: str | None = _field(None, help="Branch, tag or commit of a hub model.", advanced=True)
     chat_template: str | None = _field(
         None,
-        help="How chats are written: chatml, llama3, gemma, mistral, phi3, zephyr, or a template in Jinja; none is the"
-        " model's own.",
+        help=f"How chats are written: {', '.join(STANDARD)}, or a template in Jinja; none is the model's own.",
         advanced=True,
     )
     dtype: Dtype = _field(
@@ -119,6 +119,13 @@ class ModelSpec(_Part):
     trust_remote_code: bool = _field(
         False, help="Run Python code that comes with the model. Only for a source you trust.", advanced=True
     )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, value: str | None) -> str | None:
+        if value:
+            chat_template(value)  # raises a ValueError that names the standard ones
+        return value or None
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> ModelSpec:
@@ -443,22 +450,25 @@ class RunSpec(_Part):
     def updated(self, **changes: Any) -> RunSpec:
         """A copy with settings changed by name: `spec.updated(learning_rate=1e-4, r=8)` or `{"training.seed": 1}`.
 
-        Short names are those of `settings`; one that two parts share must be given in full. `method` is the whole
-        method, as `RunSpec` takes it. Raises SpecError for an unknown or ambiguous name.
+        Short names are those of `settings`; one that two parts share must be given in full. `data` and `method` are the
+        whole part, as `RunSpec` takes it. Raises SpecError for an unknown or ambiguous name.
         """
-        if "method" in changes:
-            other = RunSpec.from_dict({**self.to_dict(), "method": changes.pop("method")})
-            other.data._rows = self.data._rows
-            return other.updated(**changes)
+        whole = {part: changes.pop(part) for part in ("data", "method") if part in changes}
+        if whole:
+            return self._with_rows(RunSpec.from_dict({**self.to_dict(), **whole})).updated(**changes)
         values = self.to_dict()
         for name, value in changes.items():
             part, key = _resolve(name, self.method).split(".", 1)
             if not isinstance(values[part], dict):
                 raise SpecError(f"{name!r} is a setting of an adapter, but method is {values[part]!r}")
             values[part][key] = value
-        spec = RunSpec.from_dict(values)
-        spec.data._rows = self.data._rows
-        return spec
+        return self._with_rows(RunSpec.from_dict(values))
+
+    def _with_rows(self, other: RunSpec) -> RunSpec:
+        """Another spec with this one's rows in memory, where it names them."""
+        if other.data.rows is None and other.data.source == self.data.source:
+            other.data._rows = self.data._rows
+        return other
 
     def preset(self, name: str) -> RunSpec:
         """A copy with the settings of a preset of `nbtune.presets`. Raises SpecError for an unknown one."""
@@ -498,27 +508,28 @@ class Setting:
 def settings(method: PeftConfig | type[PeftConfig] | Literal["full"] = LoraConfig) -> list[Setting]:
     """Every setting of a run with this method, in the order in which a form shows them."""
     parts = [("model", ModelSpec), ("data", DataSpec), ("training", TrainingSpec), ("tracking", TrackingSpec)]
-    found = [setting for part, cls in parts for setting in _model_settings(part, cls)]
+    found = [setting for part, cls in parts for setting in model_settings(part, cls)]
     if method != "full":
         found += _config_settings(method if isinstance(method, type) else type(method))
     return found
 
 
-def _model_settings(part: str, cls: type[BaseModel]) -> Iterator[Setting]:
+def model_settings(part: str, cls: type[BaseModel]) -> Iterator[Setting]:
+    """The fields of a pydantic model as settings of `part`; the default of one that must be given is None."""
     hints = typing.get_type_hints(cls)
     for name, info in cls.model_fields.items():
-        extra = typing.cast("dict[str, Any]", info.json_schema_extra)
+        extra = typing.cast("dict[str, Any]", info.json_schema_extra or {})
         limits = {key: getattr(m, key) for m in info.metadata for key in ("ge", "gt", "le", "lt") if hasattr(m, key)}
         yield Setting(
             path=f"{part}.{name}",
             type=hints[name],
-            default=info.default,
+            default=None if info.is_required() else info.default,
             help=info.description or "",
-            label=extra["label"] or _label(name),
-            unit=extra["unit"],
+            label=extra.get("label") or _label(name),
+            unit=extra.get("unit"),
             choices=typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Literal else None,
-            advanced=extra["advanced"],
-            sweepable=extra["sweepable"],
+            advanced=extra.get("advanced", False),
+            sweepable=extra.get("sweepable", False),
             **limits,
         )
 

@@ -12,6 +12,8 @@ from nbtune.data.dataset import Dataset, Rows, load_examples, read_rows
 from nbtune.data.formats import Chat
 from nbtune.data.packing import Batch, Batches, collate, pack
 from nbtune.data.render import Example, encode, encode_many
+from nbtune.data.sources import from_text
+from nbtune.data.templates import Finding, check_template
 
 __all__ = [
     "Batch",
@@ -19,10 +21,13 @@ __all__ = [
     "Chat",
     "Dataset",
     "Example",
+    "Finding",
     "Rows",
+    "check_template",
     "collate",
     "encode",
     "encode_many",
+    "from_text",
     "load_examples",
     "pack",
     "read_rows",

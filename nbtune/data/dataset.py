@@ -1,7 +1,7 @@
 """From a DataSpec to training and held-out examples.
 
-`read_rows` reads, recognises the form, converts every row to a chat and splits; `load_examples` renders and tokenises
-what is used. Everything that is wrong with the data is reported before the first token of training.
+`read_rows` reads, recognises the form, converts every row to a chat, follows the recipe and splits; `load_examples`
+renders and tokenises what is used. Everything that is wrong with the data is said before the first token of training.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbtune.data import formats, render, sources, stdlib_docs
-from nbtune.data.formats import Chat
+from nbtune.data import formats, recipe, render, stdlib_docs
+from nbtune.data.formats import Chat, Form
+from nbtune.data.gather import Gathered, gather, is_stdlib, read_chats
+from nbtune.data.recipe import StepReport
 from nbtune.data.render import Example
-from nbtune.data.sources import Row
+from nbtune.data.values import Row
 from nbtune.errors import DataError
+from nbtune.recipe import Decontaminate
 from nbtune.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -32,20 +35,31 @@ CUT_AWAY = "the answer begins after max_length"
 class Rows:
     """All usable rows as chats, split. A row's number is its place in the source, from 1."""
 
-    format: str
-    reason: str  # why it is this form
+    form: Form  # of the first source
     raw: list[Row]  # every row as it was read
+    starts: dict[int, str]  # number of a source's first row -> the source; its rows are counted on
     train: list[Chat]
     eval: list[Chat]
     train_numbers: list[int]
     eval_numbers: list[int]
     left_out: dict[str, list[int]]  # reason -> numbers of the rows that were dropped
     unusable: dict[str, list[int]]  # reason -> numbers of the rows that `read_rows` refuses
+    steps: list[StepReport]  # what each step of the recipe did
+    notes: list[str]  # what a person should know
+
+    @property
+    def format(self) -> str:
+        return self.form.name
 
     @property
     def dropped(self) -> dict[str, int]:
         """Reason -> how many rows were left out."""
         return {reason: len(numbers) for reason, numbers in self.left_out.items()}
+
+    def place(self, number: int) -> str:
+        """Where a row stands: `row 17`, and of which source if there are several."""
+        start = max(first for first in self.starts if first <= number)
+        return f"row {number - start + 1:,}" + (f" of {self.starts[start]}" if len(self.starts) > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,46 +82,68 @@ def ignore_status(message: str) -> None:
     """The `on_status` of a caller that does not listen."""
 
 
-def read_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStatus = ignore_status) -> Rows:
+def read_rows(
+    spec: DataSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_dir: Path | None = None,
+    on_status: OnStatus = ignore_status,
+) -> Rows:
     """Read, convert and split the rows of `spec`; a relative file is looked up in `base_dir`, else where Python runs.
 
-    Rows with an empty answer are dropped and counted. Raises DataError where the source is missing, empty or damaged,
-    its form unknown, or where rows cannot be used (no assistant turn, null fields, unknown roles): all of them are
-    counted in one message, because training on what is left would hide that the file is not what it seems.
+    Rows with an empty answer are dropped and counted, and so are those that the recipe drops. `tokenizer` is needed
+    where a step counts tokens. Raises DataError where the source is missing, empty or damaged, its form unknown, or
+    where rows cannot be used (no assistant turn, null fields, unknown roles): all of them are counted in one message,
+    because training on what is left would hide that the file is not what it seems.
     """
-    rows = sort_rows(spec, base_dir=base_dir, on_status=on_status)
+    rows = sort_rows(spec, tokenizer=tokenizer, base_dir=base_dir, on_status=on_status)
     if rows.unusable:
         raise formats.unusable_error(rows.unusable, len(rows.raw), spec.source)
     if not rows.train and not rows.eval:
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in rows.dropped.items())
         raise DataError(
-            "There is nothing to train on", f"All {len(rows.raw):,} rows of {spec.source} have an empty answer."
+            "There is nothing to train on",
+            f"All {len(rows.raw):,} rows of {spec.source} were left out: {reasons}.",
+            "Give rows with answers, or take a step out of data.recipe.",
         )
     return rows
 
 
-def sort_rows(spec: DataSpec, *, base_dir: Path | None = None, on_status: OnStatus = ignore_status) -> Rows:
+def sort_rows(
+    spec: DataSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_dir: Path | None = None,
+    on_status: OnStatus = ignore_status,
+) -> Rows:
     """As `read_rows`, but rows that cannot be used are only listed."""
-    if spec.source == "stdlib-docs" and spec.rows is None:
-        return _read_stdlib(spec)
-    raw = sources.read(spec, base_dir, on_status)
-    if not raw:
-        raise DataError("The data is empty", f"{spec.source} has no rows.", "Give at least one row.")
-    columns = list(dict.fromkeys(column for row in raw for column in row))
-    form = spec.format if spec.format != "auto" else formats.detect(columns)
-    formats.check_columns(form, columns)
-    converted = formats.convert(raw, form)
-    held_out = _held_out(converted.chats, spec.eval_fraction, spec.seed)
-    pairs = list(zip(converted.chats, converted.numbers, held_out, strict=True))
+    found = gather(spec, base_dir, on_status)
+    steps = recipe.follow(spec.recipe, found.table, tokenizer)
+    held_out = _held_out(spec, found)
+    train = {number: chat for number, chat in found.table.chats.items() if number not in held_out}
+    evaluation = {number: chat for number, chat in found.table.chats.items() if number in held_out}
+    for step in spec.recipe:
+        if isinstance(step, Decontaminate):
+            outside = read_chats(step.source, base_dir, on_status) if step.source else []
+            steps.append(recipe.decontaminate(step, train, [*evaluation.values(), *outside]))
+            gone = set(steps[-1].dropped)
+            train = {number: chat for number, chat in train.items() if number not in gone}
+    left_out = dict(found.left_out)
+    for done in steps:
+        if done.dropped:
+            left_out[done.label] = sorted([*left_out.get(done.label, ()), *done.dropped])
     return Rows(
-        format=form,
-        reason=f"columns {', '.join(columns)}",
-        raw=raw,
-        train=[chat for chat, _, out in pairs if not out],
-        eval=[chat for chat, _, out in pairs if out],
-        train_numbers=[number for _, number, out in pairs if not out],
-        eval_numbers=[number for _, number, out in pairs if out],
-        left_out=converted.left_out,
-        unusable=converted.unusable,
+        form=found.form,
+        raw=found.raw,
+        starts=found.starts,
+        train=list(train.values()),
+        eval=list(evaluation.values()),
+        train_numbers=list(train),
+        eval_numbers=list(evaluation),
+        left_out=left_out,
+        unusable=found.table.unusable,
+        steps=steps,
+        notes=found.notes,
     )
 
 
@@ -119,14 +155,15 @@ def load_examples(
     base_dir: Path | None = None,
     on_status: OnStatus = ignore_status,
 ) -> Dataset:
-    """Tokenise the rows of `spec` with the model's own chat template.
+    """Tokenise the rows of `spec` with the tokenizer's chat template.
 
-    Examples longer than `max_length` tokens are cut at the end, and dropped and counted where nothing to learn remains.
+    Examples longer than `max_length` tokens are cut at the end, and dropped and counted where nothing to learn remains;
+    plain texts are split instead.
     `max_rows` and `max_eval_rows` choose rows spread evenly over the source. Raises DataError as `read_rows` does, and
     where the template cannot show a row or no example is left.
     """
     on_status(f"Reading {spec.source}")
-    rows = read_rows(spec, base_dir=base_dir, on_status=on_status)
+    rows = read_rows(spec, tokenizer=tokenizer, base_dir=base_dir, on_status=on_status)
     chosen = spread(len(rows.train), spec.max_rows)
     on_status(f"Tokenising {len(chosen):,} rows")
     train, missed, cut = _encode(rows.train, rows.train_numbers, chosen, tokenizer, max_length)
@@ -144,31 +181,17 @@ def load_examples(
     return Dataset(train, evaluation, dropped, cut + cut_eval, rows.format, _fingerprint(train, evaluation))
 
 
-def _read_stdlib(spec: DataSpec) -> Rows:
-    if spec.format not in ("auto", "messages"):
-        raise DataError(
-            f"stdlib-docs is not in the form {spec.format}", "Its rows are messages.", "Set data.format to auto."
-        )
-    train, held_out = stdlib_docs.split(stdlib_docs.rows(), spec.eval_fraction, spec.seed)
-    numbers = {row: number for number, row in enumerate(stdlib_docs.rows(), start=1)}
-    return Rows(
-        format="messages",
-        reason="made here from Python's own documentation",
-        raw=[row._asdict() for row in stdlib_docs.rows()],
-        train=[_question_chat(row) for row in train],
-        eval=[_question_chat(row) for row in held_out],
-        train_numbers=[numbers[row] for row in train],
-        eval_numbers=[numbers[row] for row in held_out],
-        left_out={},
-        unusable={},
-    )
+def _held_out(spec: DataSpec, found: Gathered) -> set[int]:
+    """The rows that are held out."""
+    chats = found.table.chats
+    if is_stdlib(spec) and not spec.mix:  # whole modules of Python's library
+        numbers = {stdlib_docs.Row(**found.raw[number - 1]): number for number in chats}
+        return {numbers[row] for row in stdlib_docs.split(numbers, spec.eval_fraction, spec.seed)[1]}
+    out = _drawn(list(chats.values()), spec.eval_fraction, spec.seed)
+    return {number for number, chosen in zip(chats, out, strict=True) if chosen}
 
 
-def _question_chat(row: stdlib_docs.Row) -> Chat:
-    return Chat([{"role": "user", "content": row.question}, {"role": "assistant", "content": row.answer}])
-
-
-def _held_out(chats: Sequence[Chat], fraction: float, seed: int) -> list[bool]:
+def _drawn(chats: Sequence[Chat], fraction: float, seed: int) -> list[bool]:
     """Which chats are held out: a share of the different ones, so that copies of one are all on the same side."""
     keys = [_key(chat, seed) for chat in chats]
     different = sorted(set(keys))
@@ -203,11 +226,13 @@ def _encode(
     """The examples, how many rows gave none because they were cut, and how many were cut."""
     examples: list[Example] = []
     missed = cut = 0
-    for found in render.encode_many([chats[i] for i in chosen], tokenizer, [numbers[i] for i in chosen]):
-        kept = [short for example in found if (short := example.cut(max_length)).supervised]
+    kept_chats, kept_numbers = [chats[i] for i in chosen], [numbers[i] for i in chosen]
+    for chat, found in zip(kept_chats, render.encode_many(kept_chats, tokenizer, kept_numbers), strict=True):
+        shorter = [part for example in found for part in example.fitting(max_length, split=chat.raw)]
+        kept = [part for part in shorter if part.supervised]
         examples += kept
         missed += not kept
-        cut += any(len(example) > max_length for example in found)
+        cut += not chat.raw and any(len(example) > max_length for example in found)
     return examples, missed, cut
 
 

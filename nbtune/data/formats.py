@@ -1,4 +1,4 @@
-"""Rows of a known form to chats: alpaca, prompt/completion, messages.
+"""Rows of a known form to chats: alpaca, prompt/completion, messages, ShareGPT, preference pairs and plain text.
 
 The form is read from the columns, or given. Every row is converted before anything is trained, so that what cannot be
 used is reported at once, with how many rows it concerns and which is the first.
@@ -7,43 +7,50 @@ used is reported at once, with how many rows it concerns and which is the first.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from nbtune.data.mapping import made_of
+from nbtune.data.messages import Message, is_message, message_list, tool_list
+from nbtune.data.values import Unusable, is_list, is_null, named, optional_text, parsed, required_text
 from nbtune.errors import DataError
 
-Message = dict[str, Any]
+Row = Mapping[str, Any]
 
 EMPTY = "empty answer"
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
+# The columns that each form must have. The first form that fits is taken.
 _REQUIRED = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "preference": ("chosen", "rejected"),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
 }
-_KNOWN = (
-    "Known forms: alpaca (instruction, input, output), prompt_completion (prompt, completion)"
-    " and messages (a list of role and content)."
-)
-_KINDS = {
-    "bool": "true or false",
-    "dict": "an object",
-    "float": "a number",
-    "int": "a number",
-    "list": "a list",
-    "str": "text",
+_OPTIONAL = {
+    "messages": ("tools",),
+    "prompt_completion": ("system", "tools"),
+    "alpaca": ("input", "system"),
+    "preference": ("prompt", "conversations", "messages", "question", "instruction", "system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "text": (),
 }
+_SAID = {
+    "messages": "messages (a list of role and content)",
+    "prompt_completion": "prompt_completion (prompt, completion)",
+    "alpaca": "alpaca (instruction, input, output)",
+    "preference": "preference (prompt, chosen, rejected)",
+    "sharegpt": "sharegpt (conversations: a list of from and value)",
+    "text": "text (text)",
+}
+# Names that tables give to a question and its answer.
+_PAIRS = (
+    ("question", "answer"), ("query", "response"), ("query", "answer"), ("question", "response"),
+    ("instruction", "response"), ("prompt", "response"), ("problem", "solution"), ("input", "output"),
+)  # fmt: skip
+_KNOWN = f"Known forms: {', '.join(_SAID.values())}."
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns beside the text
-_HINTS = {
-    "conversations": "Chats in a `conversations` column (ShareGPT) must be rewritten to `messages` first.",
-    "chosen": "Preference pairs (`chosen`, `rejected`) are not examples to imitate.",
-    "text": "Plain text has no question and answer.",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,63 +60,74 @@ class Chat:
     messages: list[Message]
     trained_from: int = 0
     plain: bool = False  # a bare prompt and completion, which a model without chat template reads as one text
+    raw: bool = False  # one message that is text to go on with: read without a template, every token trained
+    tools: list[dict[str, Any]] | None = None  # the functions that the assistant may call
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What rows are, why that is thought, and the columns that stand for others."""
+
+    name: str
+    reason: str
+    mapping: dict[str, str]  # part of the form -> column, where their names differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """Chats, with the number of the row each came from (counted from 1), and the rows that gave none, by reason."""
+    """Chats, with the number of the row each came from, and the rows that gave none, by reason."""
 
-    chats: list[Chat]
-    numbers: list[int]
+    chats: dict[int, Chat]
     left_out: dict[str, list[int]]  # nothing to learn from: dropped
     unusable: dict[str, list[int]]  # not what the form says: an error
 
 
-class _Unusable(Exception):  # noqa: N818 - not an error of the program: the row is counted
-    """Why a row cannot be used."""
-
-
-def detect(columns: Iterable[str]) -> str:
+def detect(columns: Iterable[str]) -> Form:
     """The form of rows with these columns. Raises DataError naming the columns and the known forms."""
     columns = list(columns)
-    for form, required in _REQUIRED.items():
-        if all(name in columns for name in required):
-            return form
-    hints = [hint for name, hint in _HINTS.items() if name in columns]
+    for name, required in _REQUIRED.items():
+        if all(column in columns for column in required):
+            return Form(name, _reason(name, columns), {})
+    for question, answer in _PAIRS:
+        if question in columns and answer in columns:
+            reason = f"columns {question} and {answer}, read as prompt and completion"
+            return Form("prompt_completion", reason, {"prompt": question, "completion": answer})
     raise DataError(
         "The form of the data is not known",
-        f"The rows have the columns {_list(columns)}. {_KNOWN}",
-        " ".join([*hints, "Rename the columns to those of one form."]),
+        f"The rows have the columns {named(columns)}. {_KNOWN}",
+        "Rename the columns to those of one form, or say in data.columns what its parts are made of.",
     )
 
 
-def check_columns(form: str, columns: Iterable[str]) -> None:
-    """Raise DataError where rows with these columns cannot be of the given form."""
+def check_columns(form: str, columns: Iterable[str]) -> Form:
+    """The given form. Raises DataError where rows with these columns cannot be of it."""
     columns = list(columns)
-    if missing := [name for name in _REQUIRED[form] if name not in columns]:
+    missing = [column for column in _REQUIRED[form] if column not in columns]
+    if missing:
         raise DataError(
             f"The data is not in the form {form}",
-            f"{_list(missing)} is missing; the rows have the columns {_list(columns)}.",
+            f"{named(missing)} is missing; the rows have the columns {named(columns)}.",
             f"{_KNOWN} Set data.format to the right one, or to auto.",
         )
+    return Form(form, f"data.format is {form}", {})
 
 
-def convert(rows: Sequence[Mapping[str, Any]], form: str) -> Converted:
-    """Convert all rows; those with an empty answer are left out."""
-    convert_one = {"messages": _messages, "prompt_completion": _prompt_completion, "alpaca": _alpaca}[form]
-    converted = Converted([], [], {}, {})
-    for number, row in enumerate(rows, start=1):
+def convert(rows: Mapping[int, Row], form: Form) -> Converted:
+    """Convert all rows, given by number; those with an empty answer are left out."""
+    convert_one = _CONVERTERS[form.name]
+    converted = Converted({}, {}, {})
+    for number, row in rows.items():
         try:
+            row = made_of(form.mapping, row) if form.mapping else row
             _check_text_only(row)
             chat = convert_one(row)
-        except _Unusable as reason:
+        except Unusable as reason:
             converted.unusable.setdefault(str(reason), []).append(number)
             continue
         if _is_empty(chat):
             converted.left_out.setdefault(EMPTY, []).append(number)
-            continue
-        converted.chats.append(chat)
-        converted.numbers.append(number)
+        else:
+            converted.chats[number] = chat
     return converted
 
 
@@ -123,130 +141,135 @@ def unusable_error(unusable: Mapping[str, Sequence[int]], total: int, where: str
     if len(lines) > 5:
         lines[5:] = [f"and {len(lines) - 5} more reasons"]
     return DataError(
-        f"{count:,} of {total:,} rows cannot be used", f"{where}: " + "; ".join(lines) + ".", "Mend or remove them."
+        f"{count:,} of {total:,} rows cannot be used",
+        f"{where}: " + "; ".join(lines) + ".",
+        "Mend or remove them, or add the step `usable` to data.recipe, which drops them.",
     )
 
 
-def _check_text_only(row: Mapping[str, Any]) -> None:
+def _reason(form: str, columns: Sequence[str]) -> str:
+    shown = [column for column in columns if column in (*_REQUIRED[form], *_OPTIONAL[form])]
+    text = f"column{'s' if len(shown) > 1 else ''} {', '.join(shown)}"
+    if form == "preference":
+        text += "; trained on the chosen answers: there is no training by preference yet"
+    if form == "text":
+        text += ": every token is trained"
+    return text
+
+
+def _check_text_only(row: Row) -> None:
     for column in _MEDIA:
-        if row.get(column) is not None and not _is_null(row[column]) and row[column] not in ("", []):
-            raise _Unusable(f"it has {column} beside its text")
+        if column in row and not is_null(row[column]) and row[column] not in ("", []):
+            raise Unusable(f"it has {column} beside its text, which cannot be trained on yet")
 
 
-def _alpaca(row: Mapping[str, Any]) -> Chat:
-    instruction = _text(row, "instruction")
-    extra = _optional_text(row, "input")
+def _alpaca(row: Row) -> Chat:
+    instruction = required_text(row, "instruction")
+    extra = optional_text(row, "input")
     question = f"{instruction}\n\n{extra}" if instruction and extra else instruction or extra
     if not question.strip():
-        raise _Unusable("`instruction` and `input` are empty")
-    return Chat(
-        [*_system(row), {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
-    )
+        raise Unusable("`instruction` and `input` are empty")
+    return Chat([*_system(row), *_asked(question), _answer(required_text(row, "output"))])
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Chat:
-    prompt, completion = _parsed(row.get("prompt")), _parsed(row.get("completion"))
-    if _is_list(prompt) != _is_list(completion):
-        raise _Unusable("one of `prompt` and `completion` is text and the other a list of messages")
-    if _is_list(prompt):
-        context = _message_list(prompt, "prompt")
-        answer = _message_list(completion, "completion")
+def _prompt_completion(row: Row) -> Chat:
+    prompt, completion = parsed(row.get("prompt")), parsed(row.get("completion"))
+    if is_list(prompt) != is_list(completion):
+        raise Unusable("one of `prompt` and `completion` is text and the other a list of messages")
+    tools = tool_list(row.get("tools"))
+    if is_list(prompt):
+        context = message_list(prompt, "prompt")
+        answer = message_list(completion, "completion")
         if not any(message["role"] == "assistant" for message in answer):
-            raise _Unusable("`completion` has no assistant turn")
-        return Chat(context + answer, trained_from=len(context))
-    messages = [
-        {"role": "user", "content": _text(row, "prompt")},
-        {"role": "assistant", "content": _text(row, "completion")},
-    ]
+            raise Unusable("`completion` has no assistant turn")
+        return Chat(context + answer, trained_from=len(context), tools=tools)
+    messages = [*_asked(required_text(row, "prompt")), _answer(required_text(row, "completion"))]
     return Chat([*_system(row), *messages], plain=not row.get("system"))
 
 
-def _messages(row: Mapping[str, Any]) -> Chat:
-    value = _parsed(row.get("messages"))
-    if not _is_list(value):
-        raise _Unusable("`messages` is null" if _is_null(value) else "`messages` is no list")
-    messages = _message_list(value, "messages")
+def _messages(row: Row, column: str = "messages") -> Chat:
+    messages = message_list(row.get(column), column)
     if not any(message["role"] == "assistant" for message in messages):
-        raise _Unusable("no assistant turn, so nothing to learn")
-    return Chat(messages)
+        raise Unusable("no assistant turn, so nothing to learn")
+    _check_begin(messages)
+    return Chat(messages, tools=tool_list(row.get("tools")))
 
 
-def _message_list(value: Any, column: str) -> list[Message]:
-    messages = []
-    for entry in value:
-        if not isinstance(entry, Mapping):
-            raise _Unusable(f"`{column}` holds something that is no message")
-        # Parquet gives every message every field; those that are null were not there.
-        message = {key: item for key, item in entry.items() if not _is_null(item)}
-        role = message.get("role")
-        if role is None:
-            raise _Unusable("a message without a role")
-        if role not in ROLES:
-            raise _Unusable(f"the role {role!r}; known are {', '.join(ROLES)}")
-        if "content" in message:
-            message["content"] = _content(message["content"])
-        elif not (role == "assistant" and message.get("tool_calls")):
-            raise _Unusable(f"the content of a message of the {role} is null")
-        messages.append(message)
-    if not messages:
-        raise _Unusable(f"`{column}` is empty")
-    return messages
+def _sharegpt(row: Row) -> Chat:
+    chat = _messages(row, "conversations")
+    if chat.messages[0]["role"] == "system":
+        return chat
+    return dataclasses.replace(chat, messages=[*_system(row), *chat.messages])
 
 
-def _content(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if _is_list(value):
-        if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
-            return "".join(part["text"] for part in value)
-        raise _Unusable("a message with images, audio or other parts than text")
-    raise _Unusable(f"the content of a message is {_kind(value)}, not text")
+def _preference(row: Row) -> Chat:
+    """The chat that ends with the chosen answer, which alone is trained."""
+    chosen, rejected = (_chosen(row, column) for column in ("chosen", "rejected"))
+    if chosen[0]["role"] in ("assistant", "tool"):
+        context = [*_system(row), *_context(row)]
+    else:  # whole chats, the same up to the answers
+        context, chosen = _split_common(chosen, rejected)
+    if not any(message["role"] == "assistant" for message in chosen):
+        raise Unusable("`chosen` has no assistant turn")
+    _check_begin([*context, *chosen])
+    return Chat([*context, *chosen], trained_from=len(context), tools=tool_list(row.get("tools")))
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = _optional_text(row, "system")
+def _chosen(row: Row, column: str) -> list[Message]:
+    value = parsed(row.get(column))
+    if is_list(value):
+        return message_list(value, column)
+    return message_list([value], column) if is_message(value) else [_answer(required_text(row, column))]
+
+
+def _context(row: Row) -> list[Message]:
+    for column in _OPTIONAL["preference"][:-2]:
+        value = parsed(row.get(column))
+        if is_list(value):
+            return message_list(value, column)
+        if not is_null(value):
+            return _asked(required_text(row, column))
+    raise Unusable("there is no prompt beside `chosen`")
+
+
+def _split_common(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message]]:
+    same = 0
+    while same < min(len(chosen) - 1, len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    return chosen[:same], chosen[same:]
+
+
+def _text(row: Row) -> Chat:
+    return Chat([_answer(required_text(row, "text"))], raw=True)
+
+
+_CONVERTERS: dict[str, Callable[[Row], Chat]] = {
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "preference": _preference,
+    "sharegpt": _sharegpt,
+    "text": _text,
+}
+
+
+def _check_begin(messages: Sequence[Message]) -> None:
+    first = next(message["role"] for message in messages if message["role"] not in ("system", "developer"))
+    if first == "assistant":
+        raise Unusable("the chat begins with an assistant turn; nothing was asked")
+
+
+def _system(row: Row) -> list[Message]:
+    text = optional_text(row, "system")
     return [{"role": "system", "content": text}] if text else []
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
-    if column not in row:
-        raise _Unusable(f"`{column}` is missing")
-    if _is_null(row[column]):
-        raise _Unusable(f"`{column}` is null")
-    return _as_text(row[column], column)
+def _asked(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
 
 
-def _optional_text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    return "" if _is_null(value) else _as_text(value, column)
-
-
-def _as_text(value: Any, column: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):  # an answer such as 42
-        return str(value)
-    raise _Unusable(f"`{column}` is {_kind(value)}, not text")
-
-
-def _parsed(value: Any) -> Any:
-    """A list of messages that a CSV or Parquet file carries as JSON text, or pandas as an array."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value  # a text that happens to begin so
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes null as NaN
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _is_empty(chat: Chat) -> bool:
@@ -256,11 +279,3 @@ def _is_empty(chat: Chat) -> bool:
         for message in chat.messages[chat.trained_from :]
         if message["role"] == "assistant"
     )
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value).__name__, f"a {type(value).__name__}")
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "(none)"

@@ -20,10 +20,13 @@ import numpy.typing as npt
 
 from nbtune.data.formats import Chat, Message
 from nbtune.data.packing import IGNORED
+from nbtune.data.sandbox import require_bounded
 from nbtune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Tools = list[dict[str, Any]] | None
 
 _CHUNK = 512  # chats rendered and tokenised in one call
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -49,6 +52,14 @@ class Example:
         if len(self) <= max_length:
             return self
         return Example(self.input_ids[:max_length].copy(), self.labels[:max_length].copy())
+
+    def fitting(self, max_length: int, *, split: bool) -> list[Example]:
+        """Examples of at most `max_length` tokens: the first of them, or, with `split`, all one after the other."""
+        if not split or len(self) <= max_length:
+            return [self.cut(max_length)]
+        starts = range(0, len(self), max_length)
+        parts = [slice(start, start + max_length) for start in starts]
+        return [Example(self.input_ids[part].copy(), self.labels[part].copy()) for part in parts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -114,8 +125,18 @@ def _render_chunk(
         _check_plain(chats, numbers)
         yield from ([_render_plain(chat, tokenizer)] for chat in chats)
         return
-    renderer = _Renderer(tokenizer)
-    chosen = renderer.render_all(chats, numbers)
+    templated = [place for place, chat in enumerate(chats) if not chat.raw]
+    by_template = _render_chats([chats[p] for p in templated], tokenizer, [numbers[p] for p in templated])
+    for chat in chats:
+        yield [_render_plain(chat, tokenizer)] if chat.raw else next(by_template)
+
+
+def _render_chats(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, numbers: Sequence[int]
+) -> Iterator[list[Rendered]]:
+    if not chats:
+        return
+    chosen = _Renderer(tokenizer).render_all(chats, numbers)
     texts = [spans.text for chat in chosen for spans in chat]
     encoded = tokenizer(
         texts,
@@ -149,8 +170,12 @@ class _Renderer:
     """Applies one tokenizer's chat template, in batches."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._marks_answers = bool(_GENERATION.search(tokenizer.get_chat_template()))
+        self._template = tokenizer.get_chat_template()
+        self._template_with_tools = tokenizer.get_chat_template(tools=[])  # some models have another one for them
+        for template in (self._template, self._template_with_tools):
+            require_bounded(template)
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._marks_answers = bool(_GENERATION.search(self._template))
         added = tokenizer.added_tokens_decoder.values()
         self._end_tokens = tuple(str(token) for token in added if str(token).strip())
 
@@ -165,18 +190,21 @@ class _Renderer:
             raise DataError(
                 "The model's chat template cannot show a row",
                 f"Row {numbers[0]:,}: {error}.",
-                "Mend or remove the row, or choose a model whose template takes it.",
+                "Mend or remove the row, or set another model.chat_template.",
             ) from error
 
     def _render(self, chats: Sequence[Chat]) -> list[list[_Spans]]:
+        for chat in chats:
+            self._check_tools(chat)
         turns = [_trained_turns(chat) for chat in chats]
         # Nothing is learnt from what follows the last answer, and a template may rewrite answers because of it.
         messages = [chat.messages[: trained[-1] + 1] for chat, trained in zip(chats, turns, strict=True)]
         if self._marks_answers:
-            return self._marked(messages, turns)
+            return self._marked(messages, turns, [chat.tools for chat in chats])
         pairs = [(chat, turn) for chat, trained in zip(messages, turns, strict=True) for turn in trained]
-        prompts = iter(self._apply([chat[:turn] for chat, turn in pairs], prompt=True))
-        upto = iter(self._apply([chat[: turn + 1] for chat, turn in pairs]))
+        tools = [chat.tools for chat, trained in zip(chats, turns, strict=True) for _ in trained]
+        prompts = iter(self._apply([chat[:turn] for chat, turn in pairs], tools, prompt=True))
+        upto = iter(self._apply([chat[: turn + 1] for chat, turn in pairs], tools))
         return [self._spans([(next(prompts), next(upto)) for _ in trained]) for trained in turns]
 
     def _spans(self, turns: Sequence[tuple[str, str]]) -> list[_Spans]:
@@ -202,26 +230,44 @@ class _Renderer:
         text = upto.rstrip()
         return len(text) if text.endswith(self._end_tokens) else len(upto)
 
-    def _marked(self, chats: list[list[Message]], turns: Sequence[Sequence[int]]) -> list[list[_Spans]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tokenizer = self._tokenizer
-        with _template_errors():
-            rendered: Any = render_jinja_template(
-                chats,
-                chat_template=tokenizer.get_chat_template(),
-                return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,  # pyright: ignore[reportArgumentType] - variables of the template
-            )
-        texts, marks = rendered
+    def _marked(
+        self, chats: list[list[Message]], turns: Sequence[Sequence[int]], tools: Sequence[Tools]
+    ) -> list[list[_Spans]]:
+        rendered = (self._apply_one(chat, given, marks=True) for chat, given in zip(chats, tools, strict=True))
         return [
-            [_Spans(text, _chosen_marks(spans, chat, trained))]
-            for text, spans, chat, trained in zip(texts, marks, chats, turns, strict=True)
+            [_Spans(text, _chosen_marks(marks, chat, trained))]
+            for (text, marks), chat, trained in zip(rendered, chats, turns, strict=True)
         ]
 
-    def _apply(self, chats: list[list[Message]], *, prompt: bool = False) -> list[str]:
+    def _apply(self, chats: list[list[Message]], tools: Sequence[Tools], *, prompt: bool = False) -> list[str]:
+        return [self._apply_one(chat, given, prompt=prompt)[0] for chat, given in zip(chats, tools, strict=True)]
+
+    def _apply_one(
+        self, chat: list[Message], tools: Tools, *, prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of one chat, and with `marks` the stretches in `{% generation %}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         with _template_errors():
-            return self._tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=prompt)  # pyright: ignore
+            rendered: Any = render_jinja_template(
+                [chat],  # pyright: ignore[reportArgumentType]
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                chat_template=self._template if tools is None else self._template_with_tools,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        (text,), spans = rendered
+        return text, spans[0] if marks else []
+
+    def _check_tools(self, chat: Chat) -> None:
+        """Raise _Unrenderable where the template would leave out functions or calls without a word."""
+        template = self._template if chat.tools is None else self._template_with_tools
+        calls = any(message.get("tool_calls") for message in chat.messages)
+        if calls and "tool_calls" not in template:
+            raise _Unrenderable("the template does not write function calls (tool_calls); the standard chatml does")
+        if chat.tools and not re.search(r"\btools\b", template):
+            raise _Unrenderable("the template does not show the functions (tools); the standard chatml does")
 
 
 @contextmanager
@@ -231,7 +277,9 @@ def _template_errors() -> Iterator[None]:
 
     try:
         yield
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except jinja2.TemplateSyntaxError as error:
+        raise _Unrenderable(f"the template is not Jinja, line {error.lineno}: {error.message}") from error
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise _Unrenderable(f"the template says: {error}") from error
 
 
@@ -266,22 +314,20 @@ def _trained_turns(chat: Chat) -> list[int]:
 
 def _check_plain(chats: Sequence[Chat], numbers: Sequence[int]) -> None:
     for chat, number in zip(chats, numbers, strict=True):
-        if not chat.plain:
+        if not chat.plain and not chat.raw:
             raise DataError(
                 "The model has no chat template",
                 f"Row {number:,} is a chat, and this base model does not say how to write one as text.",
-                "Choose an instruct model, or give rows of `prompt` and `completion`, which are read as one text.",
+                "Choose an instruct model, set model.chat_template (to chatml, say), or give rows of `prompt` and"
+                " `completion`, which are read as one text.",
             )
 
 
 def _render_plain(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A prompt and its completion as one text that ends with the end-of-text token."""
-    prompt, completion = (message["content"] for message in chat.messages)
-    return _as_text(prompt + completion, len(prompt), tokenizer)
-
-
-def _as_text(text: str, trained_from: int, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Text without a template, trained from a character on, and the end-of-text token after it."""
+    """A text, or a prompt and its completion as one, that ends with the end-of-text token."""
+    *prompt, answer = (message["content"] for message in chat.messages)
+    trained_from = sum(map(len, prompt))
+    text = "".join([*prompt, answer])
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves

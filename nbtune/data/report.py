@@ -24,6 +24,7 @@ from nbtune.data import formats, render
 from nbtune.data.dataset import CUT_AWAY, OnStatus, Rows, ignore_status, sort_rows, spread
 from nbtune.data.formats import Chat
 from nbtune.data.packing import IGNORED
+from nbtune.data.recipe import StepReport
 from nbtune.data.render import Rendered
 from nbtune.errors import DataError
 from nbtune.spec import DataSpec
@@ -58,6 +59,8 @@ class DataReport:
     held_out: int  # held-out rows used, after max_eval_rows
     dropped: dict[str, list[int]]  # reason -> numbers of the rows that are left out
     unusable: dict[str, list[int]]  # reason -> numbers of the rows for which training would not start
+    steps: list[StepReport]  # what each step of the recipe did
+    notes: list[str]  # what a person should know
     lengths: npt.NDArray[np.int32]  # tokens of every example before it is cut; held-out ones are the last
     numbers: npt.NDArray[np.int64]  # the row that each example was made from
     max_length: int
@@ -72,13 +75,17 @@ class DataReport:
 
     @property
     def longer(self) -> int:
-        """Examples that are longer than max_length and lose their end."""
+        """Examples that are longer than max_length and lose their end; plain texts are split there."""
         return int(np.count_nonzero(self.lengths > self.max_length))
 
     @property
     def problem(self) -> DataError | None:
         """What training would raise because of the unusable rows."""
         return formats.unusable_error(self.unusable, self.total, "The data") if self.unusable else None
+
+    def place(self, number: int) -> str:
+        """Where a row stands: `row 17`, and of which source if there are several."""
+        return self._rows.place(number)
 
     def raw(self, number: int) -> dict[str, Any]:
         """A row as it was read. Raises IndexError where there is no row of this number."""
@@ -111,7 +118,7 @@ def report(
     its form is not known, or the template cannot show a row.
     """
     on_status(f"Reading {spec.source}")
-    rows = sort_rows(spec, base_dir=base_dir, on_status=on_status)
+    rows = sort_rows(spec, tokenizer=tokenizer, base_dir=base_dir, on_status=on_status)
     train, held_out = spread(len(rows.train), spec.max_rows), spread(len(rows.eval), spec.max_eval_rows)
     chats = {rows.train_numbers[i]: rows.train[i] for i in train}
     chats |= {rows.eval_numbers[i]: rows.eval[i] for i in held_out}
@@ -124,15 +131,17 @@ def report(
         if not any(one.example.cut(max_length).supervised for one in rendered):
             missed.append(number)
     return DataReport(
-        form=rows.format,
-        reason=rows.reason,
+        form=rows.form.name,
+        reason=rows.form.reason,
         columns=_columns(rows.raw),
-        mapping={},
+        mapping=rows.form.mapping,
         total=len(rows.raw),
         train=len(train),
         held_out=len(held_out),
         dropped=rows.left_out | ({CUT_AWAY: missed} if missed else {}),
         unusable=rows.unusable,
+        steps=rows.steps,
+        notes=rows.notes,
         lengths=np.array(lengths, dtype=np.int32),
         numbers=np.array(numbers, dtype=np.int64),
         max_length=max_length,

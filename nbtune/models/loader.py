@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbtune.chat_templates import chat_template
 from nbtune.errors import ModelError
 from nbtune.models import weights
 from nbtune.models.machine import available_memory, compute_dtype, default_device
@@ -75,6 +76,8 @@ def _read_tokenizer(source: Source, folder: Path, spec: ModelSpec) -> PreTrained
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if spec.chat_template is not None:
+        tokenizer.chat_template = chat_template(spec.chat_template)
     return tokenizer
 
 

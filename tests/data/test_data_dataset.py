@@ -161,15 +161,40 @@ def test_identity_sample(samples):
 
 @pytest.mark.sample_data
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "form", "count", "reason"),
     [
-        ("glaive_toolcall_en_demo.json", "ShareGPT"),
-        ("dpo_en_demo.json", "Preference pairs"),
-        ("c4_demo.jsonl", "Plain text"),
-        ("wiki_demo.txt", "type .txt"),
-        ("mllm_demo.json", "images"),
+        ("alpaca_en_demo.json", "alpaca", 999, "columns instruction, input, output"),
+        ("identity.json", "alpaca", 91, "columns instruction, input, output"),
+        ("glaive_toolcall_en_demo.json", "sharegpt", 300, "columns conversations, tools"),
+        (
+            "dpo_en_demo.json",
+            "preference",
+            299,
+            "columns conversations, chosen, rejected; trained on the chosen",
+        ),
+        ("c4_demo.jsonl", "text", 300, "column text: every token is trained"),
+        ("wiki_demo.txt", "text", 30, "column text: every token is trained"),
     ],
 )
-def test_samples_of_other_forms_are_refused_with_the_reason(samples, name, expected):
+def test_samples_are_recognised(samples, name, form, count, reason):
+    rows = read_rows(DataSpec(source=str(samples / name)))
+    assert rows.format == form
+    assert rows.form.reason.startswith(reason)
+    assert len(rows.train) + len(rows.eval) + sum(rows.dropped.values()) == len(rows.raw) == count
+
+
+@pytest.mark.sample_data
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("mllm_demo.json", "6 rows: it has images"), ("mllm_audio_demo.json", "3 rows: it has audios")],
+)
+def test_samples_with_media_are_refused(samples, name, expected):
     with pytest.raises(DataError, match=expected):
         read_rows(DataSpec(source=str(samples / name)))
+
+
+@pytest.mark.sample_data
+def test_samples_as_a_folder_are_of_several_forms(samples):
+    with pytest.raises(DataError, match=r"alpaca_en_demo\.json is alpaca, .*c4_demo\.jsonl is text") as caught:
+        read_rows(DataSpec(source=str(samples)))
+    assert "data.mix" in caught.value.remedy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbtune.data import sources
+from nbtune.data import hub, sources
 from nbtune.errors import DataError
 from nbtune.spec import DataSpec
 
@@ -175,17 +175,69 @@ def test_broken_parquet(tmp_path):
 
 
 def test_other_types(tmp_path):
-    (tmp_path / "a.txt").write_text("hello")
-    error = refused(tmp_path / "a.txt")
-    assert "type .txt" in error.title
+    (tmp_path / "a.xlsx").write_text("hello")
+    error = refused(tmp_path / "a.xlsx")
+    assert "type .xlsx" in error.title
     assert ".jsonl" in error.remedy
 
 
+# Prose, folders and pasted texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_paragraphs_and_lines_of_a_text(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("one\ntwo\n\n \nthree\n", encoding="utf-8")
+    assert read(path) == [{"text": "one\ntwo\n\nthree"}]
+    paragraphs = ["x" * 1500, "y" * 499, "z" * 100]  # with the blank line between them 2,001
+    path.write_bytes("\r\n\r\n".join(paragraphs).encode())
+    assert [row["text"] for row in read(path)] == [paragraphs[0], "\n\n".join(paragraphs[1:])]
+    path.write_text("x" * 3000 + "\n" + "y" * 10, encoding="utf-8")
+    assert [len(row["text"]) for row in read(path)] == [3000, 10]
+
+
 def test_folder(tmp_path):
-    write(tmp_path / "rows.csv")
+    write(tmp_path / "b.csv")
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "README.md").write_text("not a row")
+    (tmp_path / ".hidden.json").write_text("broken")
+    assert read(tmp_path) == [*ROWS[:1], *ROWS]
+    (tmp_path / "c.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
     error = refused(tmp_path)
-    assert "is a folder" in error.title
-    assert str(tmp_path / "rows.csv") in error.remedy
+    assert "not of one form" in error.title
+    assert f"{tmp_path / 'c.json'} is alpaca" in error.message
+
+
+def test_folder_of_texts_and_folder_without_data(tmp_path):
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.md").write_text("one")
+    assert read(tmp_path) == [{"text": "one"}, {"text": "two"}]
+    (tmp_path / "empty").mkdir()
+    assert "holds no data" in refused(tmp_path / "empty").title
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (json.dumps(ROWS), ROWS),
+        ("\ufeff\n" + "\n".join(map(json.dumps, ROWS)), ROWS),
+        ("prompt,completion\na,b\n", [{"prompt": "a", "completion": "b"}]),
+        ("prompt\tcompletion\na, z\tb", [{"prompt": "a, z", "completion": "b"}]),
+        ("Well, that was it.\n\nOr was it?", [{"text": "Well, that was it.\n\nOr was it?"}]),
+        ("Well, then.\nA, b, c.", [{"text": "Well, then.\nA, b, c."}]),
+    ],
+)
+def test_pasted_text(text, rows):
+    assert list(sources.from_text(text, eval_fraction=0).rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", "empty"), (" \n", "empty"), ("[]", "empty"), ('{"a": 1', "not JSON"), ("[1, 2]", "no object")],
+)
+def test_pasted_text_that_is_no_data(text, expected):
+    with pytest.raises(DataError, match=expected):
+        sources.from_text(text)
 
 
 # Not there
@@ -231,7 +283,7 @@ def test_hub_dataset(monkeypatch):
         asked.append((name, split))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources, "_look_up", lambda name: None)
+    monkeypatch.setattr(hub, "_look_up", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("someone/data", split="test") == ROWS
     assert asked == [("someone/data", "test")]
@@ -243,7 +295,7 @@ def test_hub_dataset_with_an_unknown_split(monkeypatch):
     def load_dataset(name: str, split: str) -> None:
         raise ValueError(f"Unknown split \"{split}\". Should be one of ['train'].")
 
-    monkeypatch.setattr(sources, "_look_up", lambda name: None)
+    monkeypatch.setattr(hub, "_look_up", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert "Unknown split" in refused("someone/data").message
 

@@ -1,0 +1,70 @@
+"""Chat templates are programs that come with a model or are typed by a person: each is tried before it is used.
+
+jinja2's sandbox keeps a template from files and Python's inside, but not from looping forever or filling the memory. So
+a template first writes a short chat in a process of its own, with little time and memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbtune.errors import DataError
+
+_SECONDS = 10  # on the clock, where _try_template.SECONDS of processor time do not end it: a busy machine, Windows
+_LONGEST = 1_000_000  # characters of a template, and of what it may write for a short chat
+
+_QUESTION = {"role": "user", "content": "question"}
+_CALL = {"type": "function", "function": {"name": "name", "arguments": {"key": "value"}}}
+_TOOL = {"type": "function", "function": {"name": "name", "description": "what", "parameters": {"properties": {}}}}
+_CHATS: tuple[dict[str, Any], ...] = (
+    {"messages": [_QUESTION, {"role": "assistant", "content": "answer"}, _QUESTION], "add_generation_prompt": True},
+    {"messages": [{"role": "system", "content": "be brief"}, _QUESTION], "tools": [_TOOL]},
+    {"messages": [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [_CALL]}], "tools": [_TOOL]},
+)
+
+
+@functools.lru_cache(maxsize=64)
+def require_bounded(template: str) -> None:
+    """Raise DataError where a template does not end, or writes much too much, for a short chat. Takes 0.3 s, once."""
+    if len(template) > _LONGEST:
+        raise _unbounded(f"It has {len(template):,} characters.")
+    longest = _tried(template)
+    if longest is None or longest > _LONGEST:
+        raise _unbounded("Of a chat of three short messages it writes more than a million characters.")
+
+
+def _tried(template: str) -> int | None:
+    import jinja2
+
+    chats = [{"bos_token": "<s>", "eos_token": "</s>", **chat} for chat in _CHATS]
+    given = {"path": [str(Path(jinja2.__file__).parents[1])], "template": template, "chats": chats}
+    script = Path(__file__).with_name("_try_template.py")
+    try:
+        process = subprocess.run(  # noqa: S603 - this interpreter, on a file of this package
+            [sys.executable, "-I", str(script)],
+            input=json.dumps(given), capture_output=True, text=True, encoding="utf-8", timeout=_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise _unbounded("It does not end for a chat of three short messages.") from error
+    if process.returncode < 0:  # killed: its time was over
+        raise _unbounded("It does not end for a chat of three short messages.")
+    if process.returncode > 0:
+        raise DataError(
+            "The chat template could not be tried",
+            f"{sys.executable} ended with status {process.returncode}: {process.stderr.strip()[-200:]}",
+            "Choose another template, or mend the installation of Python.",
+        )
+    return json.loads(process.stdout)
+
+
+def _unbounded(why: str) -> DataError:
+    return DataError(
+        "The chat template does not come to an end",
+        why,
+        "Mend its loops, or set model.chat_template to a standard one.",
+    )
