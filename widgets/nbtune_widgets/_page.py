@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ipywidgets as widgets
 
 from nbtune.spec import RunSpec
+from nbtune_widgets.live import dispose
 
 Act = Callable[[], Any]
 
@@ -35,4 +36,11 @@ class Host:
     change: Callable[[Mapping[str, Any], str], None]  # settings by path, and why: said with what was changed, undoable
     lead: Callable[[str], None]  # to the page of a setting, by its path
     say: Callable[[str], None]  # what is being done now; "" for nothing
-    ask: Callable[[str, str, Act], None]  # key, status, work: done on the worker's thread, the latest of each key
+    ask: Callable[..., None]  # (key, status, work, idle=False): done on the worker's thread, the latest of each key
+
+
+def replace(box: widgets.Box, children: Sequence[widgets.Widget]) -> None:
+    """Give a box other children and the former ones back: ipywidgets keeps what is not closed."""
+    former = box.children
+    box.children = children
+    dispose(*former)

@@ -22,6 +22,7 @@ class Worker:
         self._on_status = on_status
         self._on_error = on_error
         self._asked: dict[str, tuple[str, Callable[[], object]]] = {}
+        self._idle: dict[str, tuple[str, Callable[[], object]]] = {}  # for when nothing else is asked
         self._changed = threading.Condition()
         self._busy = False
         self._closed = False
@@ -30,11 +31,12 @@ class Worker:
         # Python that ends while this thread imports torch aborts ("terminate called without an active exception").
         atexit.register(self._leave)
 
-    def ask(self, key: str, status: str, work: Callable[[], object]) -> None:
-        """Have `work` done soon; what waits under the same key is forgotten."""
+    def ask(self, key: str, status: str, work: Callable[[], object], *, idle: bool = False) -> None:
+        """Have `work` done soon; what waits under the same key is forgotten. With `idle`, after all else."""
         with self._changed:
-            self._asked.pop(key, None)
-            self._asked[key] = (status, work)
+            for asked in (self._asked, self._idle):
+                asked.pop(key, None)
+            (self._idle if idle else self._asked)[key] = (status, work)
             self._changed.notify_all()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -45,15 +47,21 @@ class Worker:
         if threading.current_thread() is self._thread:
             return
         with self._changed:
-            if not self._changed.wait_for(lambda: self._closed or not (self._asked or self._busy), timeout):
-                raise TimeoutError(f"still at work after {timeout} s: {', '.join(self._asked) or 'on its last task'}")
+            if not self._changed.wait_for(lambda: self._closed or not (self._waiting or self._busy), timeout):
+                keys = ", ".join([*self._asked, *self._idle])
+                raise TimeoutError(f"still at work after {timeout} s: {keys or 'on its last task'}")
 
     def close(self) -> None:
         """Forget what waits; the thread ends after what it is doing."""
         with self._changed:
             self._closed = True
             self._asked.clear()
+            self._idle.clear()
             self._changed.notify_all()
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._asked or self._idle)
 
     def _leave(self) -> None:
         self.close()
@@ -63,19 +71,20 @@ class Worker:
         while True:
             with self._changed:
                 self._busy = False
-                if not self._asked:
+                if not self._waiting:
                     self._changed.notify_all()
-                self._changed.wait_for(lambda: self._asked or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     atexit.unregister(self._leave)
                     return
-                key = next(iter(self._asked))
-                status, work = self._asked.pop(key)
+                asked = self._asked or self._idle
+                key = next(iter(asked))
+                status, work = asked.pop(key)
                 self._busy = True
             self._on_status(status)
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - a thread's exception is seen by nobody: hand it on
                 self._on_error(key, error)
-            if not self._asked:
+            if not self._waiting:
                 self._on_status("")

@@ -11,7 +11,7 @@ from nbtune.errors import NbtuneError
 from nbtune.spec import RunSpec
 from nbtune_widgets import _cards
 from nbtune_widgets._frame import set_class
-from nbtune_widgets._page import Host
+from nbtune_widgets._page import Host, replace
 from nbtune_widgets.specform import FULL, SpecForm
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class ModelPage:
                 lines.append(widgets.HBox([head, *buttons], layout=widgets.Layout(flex_flow="row wrap")))
         for line in lines:
             line.add_class("nt-known")
-        self._known.children = lines
+        replace(self._known, lines)
         self._mark_chosen()
 
     def show(self, info: ModelInfo | None) -> None:
@@ -109,6 +109,7 @@ class ModelPage:
                 f"precision {name}",
                 "Planning the other precisions …",
                 lambda other=other, button=button, name=name, weights=weights: _plan(other, button, name, weights),
+                idle=True,
             )
 
     def _model_button(self, name: str, hint: str) -> widgets.Button:

@@ -15,6 +15,7 @@ import ipywidgets as widgets
 
 from nbtune.models import ModelInfo
 from nbtune_widgets._frame import set_class
+from nbtune_widgets._page import replace
 from nbtune_widgets._style import gigabytes
 from nbtune_widgets.modulemap import Cell, ModuleMap
 from nbtune_widgets.selection import Choice, Row, cells_of, rows_of, settings_of
@@ -85,7 +86,7 @@ class ModulePicker:
             button.add_class("nt-kind")
             button.on_click(self._act(lambda index=index: self.toggle(index)))
             lines.append(_line_of(button, line, row.shape))
-        self._plain_rows.children = lines
+        replace(self._plain_rows, lines)
         self._marking = True
         self.layers.max = self._layer_count - 1
         self.layers.value = (0, self._layer_count - 1)

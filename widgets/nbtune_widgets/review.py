@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from nbtune import echo
 from nbtune.spec import RunSpec
 from nbtune_widgets import _cards
-from nbtune_widgets._page import Host
+from nbtune_widgets._page import Host, replace
 from nbtune_widgets._style import duration, notice
 from nbtune_widgets.specform import SpecForm
 
@@ -59,7 +59,7 @@ class ReviewPage:
         from nbtune.run import default_runs_dir
 
         self.show_code(spec)
-        self.problems.children = []
+        replace(self.problems, [])
         problems = check(spec, runs_dir=default_runs_dir())
         good = '<div class="nt-problem nt-good"><span class="nt-b">Nothing stands in the way.</span></div>'
         self.problems.children = [self._problem(found) for found in problems] or [widgets.HTML(good)]

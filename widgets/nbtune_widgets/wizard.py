@@ -216,8 +216,8 @@ class Wizard:
         button.on_click(self._guarded(act))
         return button
 
-    def _ask(self, key: str, status: str, work: Callable[[], Any]) -> None:
-        self._worker.ask(key, status, work)
+    def _ask(self, key: str, status: str, work: Callable[[], Any], *, idle: bool = False) -> None:
+        self._worker.ask(key, status, work, idle=idle)
 
     def _say(self, text: str) -> None:
         self.frame.say(text)
@@ -266,9 +266,12 @@ class Wizard:
             self._ask("page", _SAYS[step], lambda: self._refresh(step))
 
     def _refresh(self, step: int) -> None:
-        spec = self.spec
         self._stale.discard(step)
-        self.pages[step].refresh(spec)
+        try:
+            self.pages[step].refresh(self.spec)
+        except NbtuneError:
+            self._stale.add(step)
+            raise
         self._fine("page")
 
     def _mark_steps(self) -> None:
