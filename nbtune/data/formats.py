@@ -112,6 +112,11 @@ def check_columns(form: str, columns: Iterable[str]) -> Form:
     return Form(form, f"data.format is {form}", {})
 
 
+def parts(form: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parts that a row of a form must have, and those that it may have."""
+    return _REQUIRED[form], _OPTIONAL[form]
+
+
 def convert(rows: Mapping[int, Row], form: Form) -> Converted:
     """Convert all rows, given by number; those with an empty answer are left out."""
     convert_one = _CONVERTERS[form.name]

@@ -10,6 +10,7 @@ It is read, rendered and tokenised by what training calls: what is shown is what
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -20,14 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from nbtune.data import formats, render
+from nbtune.chat_templates import chat_template
+from nbtune.data import formats, render, sources
 from nbtune.data.dataset import CUT_AWAY, OnStatus, Rows, ignore_status, sort_rows, spread
 from nbtune.data.formats import Chat
 from nbtune.data.packing import IGNORED
 from nbtune.data.recipe import StepReport
 from nbtune.data.render import Rendered
 from nbtune.errors import DataError
-from nbtune.spec import DataSpec
+from nbtune.spec import DataSpec, SourceSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,8 +102,24 @@ class DataReport:
         """
         number = int(self.numbers[index])
         before = int(np.count_nonzero(self.numbers[:index] == number))  # a row may give an example for each turn
-        rendered = next(render.render_many([self._chats[number]], self._tokenizer, [number]))[before]
-        return list(_pieces(rendered, set(self._tokenizer.added_tokens_decoder)))
+        return self.written(number)[before]
+
+    def written(self, number: int, template: str | None = None) -> list[list[Piece]]:
+        """The pieces of every example of a row that is used; as another chat template would write it, where given.
+
+        Raises DataError where that template cannot show the row, ValueError where it is none.
+        """
+        tokenizer = self._tokenizer
+        if template is not None:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = chat_template(template)
+        examples = next(render.render_many([self._chats[number]], tokenizer, [number]))
+        added = set(tokenizer.added_tokens_decoder)
+        return [list(_pieces(rendered, added)) for rendered in examples]
+
+    def chat(self, number: int) -> Chat:
+        """The chat that a row which is used was read as."""
+        return self._chats[number]
 
 
 def report(
@@ -133,7 +151,7 @@ def report(
     return DataReport(
         form=rows.form.name,
         reason=rows.form.reason,
-        columns=_columns(rows.raw),
+        columns=columns_of(rows.raw),
         mapping=rows.form.mapping,
         total=len(rows.raw),
         train=len(train),
@@ -173,7 +191,14 @@ def _pieces(rendered: Rendered, added: set[int]) -> Iterator[Piece]:
         yield Piece(rendered.text[start:end], kind)
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, str]:
+def read_columns(spec: SourceSpec, *, on_status: OnStatus = ignore_status) -> dict[str, str]:
+    """Column -> the beginning of its first value, also where no form fits. Raises DataError if it cannot be read."""
+    on_status(f"Reading {spec.source}")
+    return columns_of(sources.read(spec, None, on_status))
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Column -> the beginning of its first value that is not empty."""
     found: dict[str, str] = {}
     for row in rows:
         for column, value in row.items():

@@ -18,7 +18,17 @@ from nbtune.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["STANDARD", "Finding", "check_template"]
+__all__ = ["CHECKS", "STANDARD", "Finding", "check_template"]
+
+# What is looked at, in this order, and what is so where nothing is found.
+CHECKS = {
+    "renders": "writes the row",
+    "stable": "earlier turns stay as they are",
+    "shows": "shows what everybody says",
+    "tokens": "its marks are tokens of the model",
+    "round trip": "the tokens give back the text",
+    "end": "an answer ends with a stop token",
+}
 
 _EXAMPLE = Chat(
     [
@@ -36,6 +46,7 @@ _CONTROL = re.compile(r"<\|[^<>|\s]+\|>|<(?:start|end)_of_turn>")
 class Finding:
     """One thing about a template that is wrong (`error`: a run would fail) or unwise (`warning`)."""
 
+    check: str  # of CHECKS
     title: str
     message: str = ""
     remedy: str = ""
@@ -53,9 +64,9 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerBase, chat: Chat
         changed.chat_template = chat_template(template)
         rendered = next(render.render_many([chat], changed))
     except DataError as error:
-        return [Finding(error.title, error.message, error.remedy, "error")]
+        return [Finding("renders", error.title, error.message, error.remedy, "error")]
     except ValueError as error:
-        return [Finding("There is no such chat template", str(error), "", "error")]
+        return [Finding("renders", "There is no such chat template", str(error), "", "error")]
     last = rendered[-1]
     return [*_rewritten(rendered), *_unseen(last, chat), *_tokens(last, changed), *_end(last, changed)]
 
@@ -63,6 +74,7 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerBase, chat: Chat
 def _rewritten(rendered: list[Rendered]) -> Iterator[Finding]:
     if len(rendered) > 1:
         yield Finding(
+            "stable",
             "The template writes earlier answers differently once the chat goes on",
             f"So this chat becomes {len(rendered)} examples, one for each answer, each as the model will read it then.",
         )
@@ -75,7 +87,10 @@ def _unseen(rendered: Rendered, chat: Chat) -> Iterator[Finding]:
         contents = [message["content"].strip() for message in asked if message["role"] == role]
         if not all(content in rendered.text for content in contents):
             yield Finding(
-                f"The template does not show what the {role} says", "", "Write message['content'] for every role."
+                "shows",
+                f"The template does not show what the {role} says",
+                "",
+                "Write message['content'] for every role.",
             )
 
 
@@ -84,6 +99,7 @@ def _tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if decoded != rendered.text:
         yield Finding(
+            "round trip",
             "The tokens do not give back the text",
             "The tokenizer changes something that the template writes, often a blank at its beginning.",
             "Look at the preview: what is shown there is what is trained.",
@@ -92,6 +108,7 @@ def _tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         count = len(tokenizer(control, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
         if count > 1:
             yield Finding(
+                "tokens",
                 f"{control} is no token of this model",
                 f"It is read as {count} tokens, which the model has to learn.",
                 "Choose a template whose tokens the model has.",
@@ -102,6 +119,7 @@ def _end(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Iterator[Fin
     trained = rendered.example.labels[rendered.example.labels != IGNORED].tolist()
     if not trained or trained[-1] not in tokenizer.added_tokens_decoder:
         yield Finding(
+            "end",
             "An answer does not end with a token at which generation stops",
             f"It ends with {tokenizer.decode(trained[-1:])!r}.",
             f"End it with {tokenizer.eos_token}: the standard zephyr and mistral do.",
