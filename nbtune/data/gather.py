@@ -77,11 +77,12 @@ def _read(
     raw = sources.read(spec, base_dir, on_status)
     if not raw:
         raise DataError("The data is empty", f"{spec.source} has no rows.", "Give at least one row.")
-    form = _form(spec, list(dict.fromkeys(column for row in raw for column in row)))
+    form = form_of(spec, list(dict.fromkeys(column for row in raw for column in row)))
     return raw, form, formats.convert(dict(enumerate(raw, start)), form)
 
 
-def _form(spec: SourceSpec, columns: Sequence[str]) -> Form:
+def form_of(spec: SourceSpec, columns: Sequence[str]) -> Form:
+    """The form of rows with these columns: what the settings say, or what is found. Raises DataError for none."""
     if not spec.columns:
         return formats.detect(columns) if spec.format == "auto" else formats.check_columns(spec.format, columns)
     mapping.check(spec.columns, columns)
