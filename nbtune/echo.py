@@ -253,4 +253,5 @@ def _literal(value: Any) -> str:
 def _yaml(value: Any) -> str:
     """A value in one line of YAML, as `--set` reads it."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
-    return text.removesuffix("...\n").strip("\n")
+    text = text.removesuffix("...\n").strip("\n")
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text  # JSON is YAML too

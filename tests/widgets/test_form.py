@@ -148,13 +148,21 @@ def test_set_refuses_and_changes_nothing(form, changes):
 def test_any_spec_goes_through_the_form_unchanged(form):
     spec = RunSpec(
         model={"name": "some/model", "revision": "main", "dtype": "float32"},
-        data={"source": "x.jsonl", "max_rows": 10, "eval_fraction": 0.0},
+        data={
+            "source": "x.jsonl",
+            "max_rows": 10,
+            "eval_fraction": 0.0,
+            "columns": {"prompt": "{a}\n{b}"},
+            "recipe": [{"step": "length", "at_most": 9}],
+            "mix": [{"source": "y.jsonl", "weight": 0.5}],
+        },
         method=LoraConfig(r=3, lora_alpha=1.5, rank_pattern={"q_proj": 2}, target_modules="all-linear"),
         training={"max_steps": 5, "adam_epsilon": 1e-9, "packing": False},
         tracking={"mlflow": False, "tracking_uri": "http://127.0.0.1:5000"},
     )
     form.load(spec)
     assert form.spec == spec
+    assert not any("\n" in str(field.control.value) for field in form.fields.values())  # a line of text has one line
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ Nothing about a setting is written here: what is asked, how it is explained and 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import types
@@ -218,7 +219,8 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, list | dict):
         plain = pydantic_core.to_jsonable_python(value)  # the steps of a recipe are models
-        return yaml.safe_dump(plain, default_flow_style=True, width=math.inf, sort_keys=False).strip()[1:-1]
+        text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf, sort_keys=False).strip()
+        return (json.dumps(plain, ensure_ascii=False) if "\n" in text else text)[1:-1]  # JSON is YAML too
     return str(value)
 
 
