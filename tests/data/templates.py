@@ -66,6 +66,28 @@ UNSTABLE = (  # its generation prompt opens a thought that its answers do not ha
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
+LLAMA31_TOOLS = (  # functions before the first question, one call an answer, results as another role
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
+    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}"
+    "{% if tools and loop.first %}{% for tool in tools %}{{ tool | tojson(indent=4) + '\n\n' }}{% endfor %}{% endif %}"
+    "{% if message['tool_calls'] %}{% set call = message['tool_calls'][0]['function'] %}"
+    "{{ '{\"name\": \"' + call['name'] + '\", \"parameters\": ' + (call['arguments'] | tojson) + '}' }}"
+    "{% else %}{{ message['content'] | trim }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+MISTRAL_TOOLS = (  # no generation prompt; calls and results in brackets
+    "{{ bos_token }}{% if tools %}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "{{ '[TOOL_RESULTS] ' + message['content'] + '[/TOOL_RESULTS]' }}{% elif message['role'] != 'assistant' %}"
+    "{{ '[INST] ' + message['content'] + '[/INST]' }}{% elif message['tool_calls'] %}{{ '[TOOL_CALLS] [' }}"
+    "{% for call in message['tool_calls'] %}{{ call['function'] | tojson }}{{ ', ' if not loop.last }}{% endfor %}"
+    "{{ ']' + eos_token }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+WITH_TOOLS = {"chatml": "chatml", "llama31": LLAMA31_TOOLS, "mistral-tools": MISTRAL_TOOLS}
+
 SPECIAL_TOKENS = [
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]",
 ]  # fmt: skip
