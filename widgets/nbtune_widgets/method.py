@@ -132,7 +132,7 @@ class MethodPage:
     def count(self) -> None:
         """Give the skeleton the adapter: what it adapts and trains, or which setting does not suit the model.
 
-        On the worker's thread. Raises FormError where a field of the method cannot be read.
+        On the worker's thread.
         """
         if self._skeleton is None or self._form.method == FULL:
             return
@@ -141,8 +141,8 @@ class MethodPage:
             if path in self._form.fields and self._form.fields[path].error == reason:
                 self._form.fields[path].mark("")
         self._refused.clear()
-        method = PeftConfig.from_dict({"peft_type": self._form.method, **self._form.values("method")})
         try:
+            method = PeftConfig.from_dict({"peft_type": self._form.method, **self._form.values("method")})
             paths, sizes = self._adapted(self._skeleton, method)
         except NbtuneError as error:
             self.picker.refuse(error.title)

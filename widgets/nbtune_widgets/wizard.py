@@ -60,7 +60,7 @@ class Wizard:
         self._places: list[DisplayHandle] = []
         self._stale = set(range(len(STEPS)))  # pages to read again when they are shown
         self._planned: int | None = None  # the peak that the last plan came to, in bytes
-        self._quiet = False  # while many fields are filled in at once
+        self._touched: set[str] | None = None  # while many fields are filled in at once: the parts that changed
         self.form = SpecForm(self._changed)
         host = Host(self._guarded, self._button, self.change, self._lead, self._say, self._ask)
         self.model_page = ModelPage(self.form, host)
@@ -227,18 +227,19 @@ class Wizard:
 
     def _load(self, spec: RunSpec) -> None:
         """Fill in every field, and react once."""
-        self._quiet = True
+        touched = self._touched = set()
         try:
             self.form.load(spec)
             self.choose_method(self.form.method)
         finally:
-            self._quiet = False
-        self._changed("model", "")
-        self._react("method")
+            self._touched = None
+        for part in touched:
+            self._changed(part, "")
 
     def _changed(self, part: str, _: str) -> None:
         """A field has another value."""
-        if self._quiet:
+        if self._touched is not None:
+            self._touched.add(part)
             return
         self.frame.tell("")  # what was told is no longer all
         self._stale = set(range(len(STEPS)))
@@ -251,7 +252,8 @@ class Wizard:
 
     def _react(self, part: str) -> None:
         """Have the worker read again what depends on a part."""
-        if self._quiet:
+        if self._touched is not None:
+            self._touched.add(part)
             return
         if part == "model":
             self._ask("model", "Reading the model …", self._read_model)
