@@ -29,9 +29,12 @@ def data_files(folder: Path, near: str | None = None) -> list[str]:
 
 def tables() -> dict[str, Any]:
     """Variables of the notebook that are rows: DataFrames, datasets and lists of dicts, by name."""
+    return {name: value for name, value in _variables().items() if not name.startswith("_") and _is_table(value)}
+
+
+def _variables() -> dict[str, Any]:
     shell = get_ipython()
-    names = dict(shell.user_ns) if shell is not None else {}
-    return {name: value for name, value in names.items() if not name.startswith("_") and _is_table(value)}
+    return {} if shell is None else dict(shell.user_ns)
 
 
 def _walk(folder: Path, root: Path, depth: int) -> Iterator[str]:

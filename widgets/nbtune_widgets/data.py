@@ -11,18 +11,22 @@ import ipywidgets as widgets
 from nbtune.errors import DataError
 from nbtune.spec import RunSpec
 from nbtune_widgets import _datastyle, _dropped, _lengths
-from nbtune_widgets._page import Host
+from nbtune_widgets._doors import Doors
+from nbtune_widgets._page import Host, replace
 from nbtune_widgets._style import chip, notice
+from nbtune_widgets.mapping import MappingEditor
 from nbtune_widgets.preview import RowPreview
+from nbtune_widgets.recipe import MixEditor, RecipeEditor
 from nbtune_widgets.source import SourcePicker
 from nbtune_widgets.specform import SpecForm
+from nbtune_widgets.template import TemplateEditor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nbtune.data.report import DataReport
 
-LENGTH, RECIPE, SOURCE = "training.max_length", "data.recipe", "data.source"
+LENGTH, RECIPE = "training.max_length", "data.recipe"
 
 
 class DataPage:
@@ -38,14 +42,27 @@ class DataPage:
         self.facts, self.lengths, self.dropped = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.preview = RowPreview(host)
         self.warnings = widgets.VBox()
+        self.mapping, self.recipe = MappingEditor(host), RecipeEditor(host)
+        self.mix, self.template = MixEditor(host), TemplateEditor(host, lambda: self.preview.number.value)
+        self.doors = Doors(
+            {
+                "columns": self.mapping.widget,
+                "recipe": self.recipe.widget,
+                "mix": self.mix.widget,
+                "chat template": self.template.widget,
+            },
+            host,
+        )
         left = widgets.VBox(
             [self.preview.widget, self.warnings, self.dropped], layout=widgets.Layout(flex="3 1 460px", min_width="0")
         )
-        self._right = widgets.VBox([self.lengths], layout=widgets.Layout(flex="2 1 250px", min_width="0"))
-        columns = widgets.HBox([left, self._right], layout=widgets.Layout(flex_flow="row wrap"))
+        right = widgets.VBox([self.lengths], layout=widgets.Layout(flex="2 1 250px", min_width="0"))
+        columns = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
         columns.add_class("nt-columns")
         settings = form.groups["data"].widget
-        self.widget = widgets.VBox([_datastyle.style(), self.source.widget, self.facts, columns, settings])
+        self.widget = widgets.VBox(
+            [_datastyle.style(), self.source.widget, self.facts, columns, self.doors.widget, settings]
+        )
 
     def refresh(self, spec: RunSpec) -> None:
         """Read, render and tokenise the rows as training would, and show what came of it.
@@ -58,8 +75,10 @@ class DataPage:
             self.report = self._read(spec)
         except DataError:
             self._forget()
+            self._offer_mending(spec)
             raise
-        self._show(spec, self.report)
+        self._show(self.report)
+        self._show_editors(spec, self.report)
 
     def drop_longer(self) -> None:
         """As a click: a step of the recipe that drops what would be cut."""
@@ -91,20 +110,48 @@ class DataPage:
     def _forget(self) -> None:
         self.report = None
         self.preview.close()
-        self.warnings.children = []
+        replace(self.warnings, [])
         self.facts.value = self.lengths.value = self.dropped.value = ""
 
-    def _show(self, spec: RunSpec, report: DataReport) -> None:
-        self.facts.value = _facts(self.source.label(spec), report)
+    def _offer_mending(self, spec: RunSpec) -> None:
+        """Where training would not start: the columns that there are, the steps, and the templates to choose from."""
+        self.recipe.show(spec.data, [])
+        self.mix.show(spec.data, self.source.offered)
+        if self._tokenizer is not None:
+            self.template.show(spec, self._tokenizer, None)
+            self.doors.mark("chat template", self.template.said, wrong=not self._tokenizer.chat_template)
+        try:
+            columns = self._columns(spec)
+        except DataError:  # the same, which is said already
+            return
+        form = spec.data.format if spec.data.format != "auto" else "prompt_completion"
+        self.mapping.show(spec.data, columns, form, spec.data.columns or {})
+        self.doors.open("chat template" if _has_form(spec, columns) else "columns")
+
+    def _columns(self, spec: RunSpec) -> dict[str, str]:
+        from nbtune.data.report import read_columns
+
+        return read_columns(spec.data, on_status=self._host.say)
+
+    def _show(self, report: DataReport) -> None:
+        self.facts.value = _facts(self.source.label, report)
         self.dropped.value = _dropped.folds(report)
-        self.warnings.children = self._warnings(report)
-        if len(report.lengths):
-            self.lengths.value = (
-                f'<div class="nt-heading">Length in tokens</div>{_lengths.histogram(report.lengths, report.max_length)}'
-            )
-        else:
-            self.lengths.value = ""
+        replace(self.warnings, self._warnings(report))
+        heading = '<div class="nt-heading">Length in tokens</div>'
+        drawn = _lengths.histogram(report.lengths, report.max_length) if len(report.lengths) else ""
+        self.lengths.value = heading + drawn if drawn else ""
         self.preview.show(report)
+
+    def _show_editors(self, spec: RunSpec, report: DataReport) -> None:
+        assert self._tokenizer is not None
+        self.mapping.show(spec.data, report.columns, report.form, report.mapping)
+        self.recipe.show(spec.data, report.steps)
+        self.mix.show(spec.data, self.source.offered)
+        self.template.show(spec, self._tokenizer, report)
+        self.doors.mark("columns", "chosen" if spec.data.columns or spec.data.format != "auto" else "as found")
+        self.doors.mark("recipe", _count(len(spec.data.recipe), "step"))
+        self.doors.mark("mix", _count(len(spec.data.mix), "source"))
+        self.doors.mark("chat template", self.template.said)
 
     def _warnings(self, report: DataReport) -> list[widgets.DOMWidget]:
         found: list[widgets.DOMWidget] = [widgets.HTML(notice(note)) for note in report.notes]
@@ -153,3 +200,17 @@ def _facts(name: str, report: DataReport) -> str:
     chips = [f"{report.form.replace('_', '/')}: {report.reason}", rows]
     chips += [f"{left_out:,} left out"] if left_out else []
     return f'<div class="nt-chips"><span class="nt-named">{escape(name)}</span>{"".join(map(chip, chips))}</div>'
+
+
+def _has_form(spec: RunSpec, columns: Mapping[str, str]) -> bool:
+    from nbtune.data.gather import form_of
+
+    try:
+        form_of(spec.data, list(columns))
+    except DataError:
+        return False
+    return True
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}" if number else ""

@@ -100,12 +100,14 @@ class RowPreview:
     def _read(self, report: DataReport, number: int, examples: list[int]) -> None:
         """Show a row's examples: one, or one for each turn."""
         parts, tokens, learnt = [], 0, 0
+        # Plain text goes on in the next example; the end of anything else is cut away.
+        limit = int(report.lengths.max()) if report.chat(number).raw else report.max_length
         for place, index in enumerate(examples, start=1):
             pieces = report.pieces(index)
             tokens += len(pieces)
-            learnt += sum(piece.kind != "context" for piece in pieces[: report.max_length])
+            learnt += sum(piece.kind != "context" for piece in pieces[:limit])
             heading = f'<span class="nt-part">example {place} of {len(examples)}</span>' if len(examples) > 1 else ""
-            parts.append(heading + _tokens.row(pieces, report.max_length))
+            parts.append(heading + _tokens.row(pieces, limit))
         if report is not self._report or number != self.number.value:  # asked for another one meanwhile
             return
         self.text.value = f'<div class="nt-tokens" tabindex="0" aria-label="Row {number}">{"".join(parts)}</div>'

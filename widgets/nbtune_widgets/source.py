@@ -11,7 +11,7 @@ from nbtune.errors import DataError
 from nbtune.spec import DataSpec, RunSpec
 from nbtune_widgets._frame import set_class
 from nbtune_widgets._offers import data_files, tables
-from nbtune_widgets._page import Host
+from nbtune_widgets._page import Host, replace
 from nbtune_widgets.specform import SOURCE, SpecForm
 
 BUTTONS = 6  # of files, and of tables; the line completes the others
@@ -24,7 +24,9 @@ class SourcePicker:
         self._form = form
         self._host = host
         self._spec: RunSpec | None = None
+        self._found: tuple[list[str], dict[str, int]] | None = None  # data files, and tables with their rows
         self._names: dict[str, str] = {}  # source of rows in memory -> what a person calls them
+        self.offered: list[str] = []  # what the line completes
         self.buttons: dict[str, widgets.Button] = {}  # by source, or by the name of a table
         self._offers = widgets.VBox()
         self.paste = widgets.Textarea(
@@ -34,37 +36,41 @@ class SourcePicker:
         self._pasting = widgets.VBox([self.paste, self.use], layout=widgets.Layout(display="none"))
         self._pasting.add_class("nt-panel")
         self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
-        self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, self._pasting])
+        elsewhere = _line("Elsewhere", [self.open_paste])
+        self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, elsewhere, self._pasting])
 
     def refresh(self, spec: RunSpec) -> None:
         """Look again at what there is to choose from. Called on the worker's thread."""
         self._spec = spec
         source = spec.data.source
         files = data_files(Path.cwd(), near=None if spec.data.rows is not None else source)
-        self._form.fields[SOURCE].offer(["stdlib-docs", *files])
-        found = tables()
-        lines = [
-            ("Built in", [self._file_button("stdlib-docs")]),
-            ("In this folder", [self._file_button(name) for name in self._worth_a_button(files)]),
-            ("In this notebook", [self._table_button(name, value) for name, value in list(found.items())[:BUTTONS]]),
-        ]
-        self.buttons = {button.tooltip: button for _, buttons in lines for button in buttons}
-        former = self._offers.children
-        self._offers.children = [_line(title, buttons) for title, buttons in lines if buttons] + [
-            _line("Elsewhere", [self.open_paste])
-        ]
-        for line in former:
-            for child in line.children:
-                if child is not self.open_paste:
-                    child.close()
-            line.close()
+        found = {name: len(value) for name, value in tables().items()}
+        if (files, found) != self._found:
+            self._found = (files, found)
+            self._offer(files, found)
         for name, button in self.buttons.items():
-            set_class(button, "nt-on", on=name == source or name == self._names.get(source))
+            set_class(button, "nt-on", on=name in (source, self._names.get(source)))
 
-    def label(self, spec: RunSpec) -> str:
+    def _offer(self, files: list[str], found: dict[str, int]) -> None:
+        self.offered = ["stdlib-docs", *files]
+        self._form.fields[SOURCE].offer(self.offered)
+        lines = {
+            "Built in": {"stdlib-docs": self._file_button("stdlib-docs")},
+            "In this folder": {name: self._file_button(name) for name in _worth_a_button(files)},
+            "In this notebook": {
+                name: self._table_button(name, count) for name, count in list(found.items())[:BUTTONS]
+            },
+        }
+        self.buttons = {name: button for buttons in lines.values() for name, button in buttons.items()}
+        replace(self._offers, [_line(title, list(buttons.values())) for title, buttons in lines.items() if buttons])
+
+    @property
+    def label(self) -> str:
         """What the data is called: the name of a file, of a table of the notebook, or of a dataset."""
-        source = spec.data.source
-        if spec.data.rows is not None:
+        if self._spec is None:
+            return ""
+        source = self._spec.data.source
+        if self._spec.data.rows is not None:
             return self._names.get(source, "rows given in Python")
         return Path(source).name if Path(source).exists() else source
 
@@ -72,12 +78,12 @@ class SourcePicker:
         """As a click on the button of a file or of a built-in name."""
         self._host.change({"data": {**self._kept, "source": source}}, Path(source).name)
 
-    def take(self, name: str, value: Any) -> None:
+    def take(self, name: str) -> None:
         """As a click on the button of a table: the rows that it has now."""
 
         def work() -> None:
             try:
-                self._give(DataSpec.from_rows(value, **self._kept), name)
+                self._give(DataSpec.from_rows(tables()[name], **self._kept), name)
             except ValueError as error:
                 raise DataError(f"{name} cannot be used as rows", f"{error}") from error
 
@@ -103,16 +109,17 @@ class SourcePicker:
     def _toggle_paste(self) -> None:
         self._pasting.layout.display = None if self._pasting.layout.display == "none" else "none"
 
-    def _worth_a_button(self, files: list[str]) -> list[str]:
-        """Files in this folder that are rows: prose is more often a README."""
-        here = [name for name in files if Path(name).suffix not in (".txt", ".md") and not Path(name).is_absolute()]
-        return sorted(here, key=lambda name: name.count("/"))[:BUTTONS]
-
     def _file_button(self, source: str) -> widgets.Button:
-        return self._host.button(source, lambda: self.choose(source), source)
+        return self._host.button(source, lambda: self.choose(source), "Use this data")
 
-    def _table_button(self, name: str, value: Any) -> widgets.Button:
-        return self._host.button(f"{name} · {len(value):,} rows", lambda: self.take(name, value), name)
+    def _table_button(self, name: str, count: int) -> widgets.Button:
+        return self._host.button(f"{name} · {count:,} rows", lambda: self.take(name), "Use the rows that it has now")
+
+
+def _worth_a_button(files: list[str]) -> list[str]:
+    """Files in this folder that are rows: prose is more often a README."""
+    here = [name for name in files if Path(name).suffix not in (".txt", ".md") and not Path(name).is_absolute()]
+    return sorted(here, key=lambda name: name.count("/"))[:BUTTONS]
 
 
 def _line(title: str, buttons: list[widgets.Button]) -> widgets.HBox:
