@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from nbtune.cli_runs import runs_app
 from nbtune.errors import NbtuneError
 from nbtune.presets import PRESETS
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Fine-tune language models from a living notebook.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+app.add_typer(runs_app, name="runs")
 console = Console()
 
 RunsDir = Annotated[
@@ -104,7 +105,7 @@ def train(
 
 @app.command()
 def resume(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the end of it, or its folder.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, label, the end of its id, or its folder.")],
     runs_dir: RunsDir = None,
 ) -> None:
     """Go on with a run that was stopped, killed or failed, from its last checkpoint."""
@@ -113,34 +114,6 @@ def resume(
     run = Run.open(run_id, runs_dir=_folder(runs_dir)).resume()
     run.watch()
     _print_summary(run.summary())
-
-
-@app.command()
-def runs(runs_dir: RunsDir = None) -> None:
-    """List the runs, newest first."""
-    from nbtune.plan import format_bytes
-    from nbtune.run import runs as known
-
-    table = Table(box=None, header_style="bold")
-    for column in ("run", "status", "method", "model", "data", "steps", "held out", "peak"):
-        table.add_column(column, justify="right" if column in ("steps", "peak") else "left", overflow="fold")
-    for run in known(_folder(runs_dir)):
-        summary = run.summary()
-        before, after, peak = (summary[key] for key in ("eval_loss_before", "eval_loss_after", "measured_peak_bytes"))
-        table.add_row(
-            run.id,
-            run.status,
-            summary["method"],
-            summary["model"],
-            summary["data"],
-            f"{summary['steps']}/{summary['total_steps'] or '?'}",
-            f"{before:.3f} → {after:.3f}" if before is not None else "",
-            format_bytes(peak) if peak else "",
-        )
-    if table.row_count:
-        console.print(table)
-    else:
-        console.print(f"No runs in {_folder(runs_dir)}. `nbtune demo` or `nbtune train SPEC.yaml` makes one.")
 
 
 @app.command()
@@ -194,7 +167,7 @@ def ui(
 
 @app.command()
 def sync(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the end of it, or its folder.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, label, the end of its id, or its folder.")],
     runs_dir: RunsDir = None,
 ) -> None:
     """Send to MLflow what it missed of a run."""

@@ -4,7 +4,10 @@
     run.watch()          # live charts until it ends
     run.summary()["eval_loss_after"]
 
-    runs/<id>/  spec.yaml  events.jsonl  log.txt  checkpoints/  adapter/  summary.json
+    run.pause(); run.resume(); run.stop()
+    runs()               # in a notebook: all of them, to compare, name and throw away
+
+    runs/<id>/  spec.yaml  events.jsonl  log.txt  checkpoints/  adapter/  summary.json  about.json
 
 The folder is the truth: a run that a kernel lost is opened again from it (`Run.open`) and goes on from its last
 checkpoint (`resume`).
@@ -18,6 +21,7 @@ import re
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +29,18 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
-from nbtune import _files
+from nbtune import _files, shelf
 from nbtune._names import new_id
 from nbtune.check import require
-from nbtune.errors import RunError
+from nbtune.errors import NbtuneError, RunError
+from nbtune.shelf import About
 from nbtune.spec import RunSpec
-from nbtune.train.events import FILE, Event, EventLog, read_events
+from nbtune.train.control import Control, Wish, leave_wish
+from nbtune.train.events import Event, EventLog, EventReader
 
-Status = Literal["created", "running", "stopped", "finished", "failed", "interrupted"]
+_training: dict[Path, Run] = {}  # the runs of this process that have a thread
+
+Status = Literal["created", "running", "paused", "stopped", "finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,32 @@ def train(spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | No
     return run
 
 
-def runs(runs_dir: str | Path | None = None) -> list[Run]:
-    """The runs in a folder, newest first."""
+class Runs(list["Run"]):
+    """The runs of a folder in a list, which a notebook shows as a table to sort, compare, name and throw away."""
+
+    def __init__(self, found: Iterable[Run], folder: Path) -> None:
+        super().__init__(found)
+        self.folder = folder
+
+    def show(self) -> None:
+        """Display the table in this cell."""
+        from nbtune_widgets import show_runs
+
+        show_runs(self.folder)
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
+
+def runs(runs_dir: str | Path | None = None) -> Runs:
+    """The runs in a folder, newest first. In a notebook they are shown as a table."""
     folder = Path(runs_dir) if runs_dir is not None else default_runs_dir()
-    found = [Run(path) for path in folder.glob("*/") if (path / "spec.yaml").exists() and not path.name.startswith(".")]
-    return sorted(found, key=lambda run: run.id, reverse=True)
+    found = [Run.at(path) for path in folder.glob("*/") if _is_run(path) and not path.name.startswith(".")]
+    return Runs(sorted(found, key=lambda run: run.id, reverse=True), folder.resolve())
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "spec.yaml").exists()
 
 
 class Run:
@@ -85,22 +114,27 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.spec = RunSpec.from_yaml(self.path / "spec.yaml")
-        self._stop = threading.Event()
+        self._control = Control(self.path)
         self._thread: threading.Thread | None = None
         self._exception: BaseException | None = None
-        self._read: tuple[int, list[Event]] = (0, [])  # the size of the event file, and what was in it
+        self._events = EventReader(self.path)
+
+    @classmethod
+    def at(cls, path: Path) -> Run:
+        """The run in a folder; while it trains in this process always the same object."""
+        return _training.get(path.resolve()) or cls(path)
 
     @classmethod
     def open(cls, id_or_path: str | Path, *, runs_dir: str | Path | None = None) -> Run:
-        """A run by its folder, its id, or an unambiguous end of its id ("amber-heron")."""
+        """A run by its folder, its id, its label, or an unambiguous end of its id ("amber-heron")."""
         path = Path(id_or_path)
-        if (path / "spec.yaml").exists():
-            return cls(path)
+        if _is_run(path):
+            return cls.at(path)
         folder = Path(runs_dir) if runs_dir is not None else default_runs_dir()
         known = runs(folder)
-        matches = [run for run in known if run.id == str(id_or_path)] or [
-            run for run in known if run.id.endswith(str(id_or_path))
-        ]
+        name = str(id_or_path)
+        matches = [run for run in known if name in (run.id, run.about.label)]
+        matches = matches or [run for run in known if run.id.endswith(name)]
         if len(matches) == 1:
             return matches[0]
         raise RunError(
@@ -117,16 +151,26 @@ class Run:
         return self.path.name
 
     @property
+    def about(self) -> About:
+        """The label and the note that a person gave it; see `rename` and `annotate`."""
+        return shelf.read_about(self.path)
+
+    @property
+    def name(self) -> str:
+        """Its label, else the part of its id that a person remembers: amber-heron of 20261122-071349-amber-heron."""
+        return self.about.label or re.sub(r"^\d{8}-\d{6}-", "", self.id)
+
+    @property
     def status(self) -> Status:
-        if self._thread is not None and self._thread.is_alive():
-            return "running"
         events = self.events()
+        if self._thread is not None and self._thread.is_alive():
+            return _alive(events)
         if events and events[-1]["type"] == "end":
             return events[-1]["status"]
         if self._exception is not None:
             return "failed"
         if self._is_locked():  # by another process
-            return "running"
+            return _alive(events)
         return "interrupted" if events else "created"
 
     @property
@@ -134,16 +178,24 @@ class Run:
         """Why the run failed, in words for a person; None where it did not."""
         if self._exception is not None:
             return str(self._exception)
-        ends = [event for event in self.events() if event["type"] == "end"]
-        return ends[-1].get("error") if ends else None
+        return self._end().get("error")
+
+    @property
+    def traceback(self) -> str | None:
+        """Where in the code it failed, for a report; None where it did not."""
+        return self._end().get("traceback")
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step of the newest checkpoint, from which `resume` goes on; None where there is none yet."""
+        return max((event["step"] for event in self.events() if event["type"] == "checkpoint"), default=None)
+
+    def _end(self) -> Event:
+        return next((event for event in reversed(self.events()) if event["type"] == "end"), {})
 
     def events(self) -> list[Event]:
         """What happened so far; see docs/architecture.md for the fields."""
-        file = self.path / FILE
-        size = file.stat().st_size if file.exists() else 0
-        if size != self._read[0]:  # it is only ever appended to
-            self._read = size, read_events(self.path)
-        return self._read[1]
+        return self._events.read()
 
     def progress(self) -> Progress:
         """Step, total, time left and what is being done now."""
@@ -184,7 +236,17 @@ class Run:
 
     def stop(self) -> None:
         """Ask the run to end after the step in progress. Its checkpoint and adapter are kept; `resume` goes on."""
-        self._stop.set()
+        self._tell("stop")
+
+    def pause(self) -> None:
+        """Ask the run to wait after the step in progress, with a checkpoint; its memory stays. `resume` goes on."""
+        self._tell("pause")
+
+    def _tell(self, wish: Wish) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._control.wish = wish
+        elif self._is_locked():
+            leave_wish(self.path, wish)
 
     def wait(self, timeout: float | None = None) -> Run:
         """Block until the run ends; re-raise what its thread raised.
@@ -202,18 +264,55 @@ class Run:
         return self
 
     def resume(self) -> Run:
-        """Go on from the last checkpoint, in a daemon thread of this process. A finished run stays as it is."""
-        if self.status == "running":
+        """Go on: at once where the run is paused, else from its last checkpoint in a daemon thread of this process.
+
+        A finished run stays as it is.
+        """
+        status = self.status
+        if status == "paused":
+            self._tell("go on")
+            return self
+        if status == "running":
             if self._thread is None:
                 raise RunError(f"{self.id} is running in another process", "", "Stop it there, or wait for it.")
-            if not self._stop.is_set():
+            if not self._control.should_stop():
+                self._control.wish = "go on"  # it may have been asked to pause
                 return self
             self._thread.join()  # it is on its way out
         if self.status != "finished":
             self._exception = None
-            self._stop.clear()
             self._start()
         return self
+
+    def rename(self, label: str) -> None:
+        """Give the run a label, in MLflow too; "" takes it away. The folder keeps its name."""
+        self._describe(About(label, self.about.note))
+
+    def annotate(self, note: str) -> None:
+        """Write down what there is to say of the run, in MLflow too."""
+        self._describe(About(self.about.label, note))
+
+    def _describe(self, about: About) -> None:
+        shelf.write_about(self.path, about)
+        if (self.path / "mlflow.json").exists():
+            from nbtune.train.tracking import send_about
+
+            send_about(self.path)
+
+    def delete(self) -> Path:
+        """Throw the run away: its folder is moved to `.trash` beside it, from where `shelf.restore` brings it back.
+
+        Returns where it lies. Raises RunError where the run is not at its end.
+        """
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{self.id} is {self.status}", "", "Stop it before you delete it.") from error
+        try:
+            return shelf.discard(self.path)
+        finally:
+            lock.release()
 
     def watch(self) -> Run:
         """Show live charts (a progress line in a terminal) and block until the run ends; re-raise its failure.
@@ -247,9 +346,11 @@ class Run:
                 rows = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in spec.data.rows)
                 (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
                 values["data"]["source"] = str(path / "rows.jsonl")
-            for part, key in (("data", "source"), ("model", "name")):
-                if Path(values[part][key]).exists():  # so that a resume from another folder finds it
-                    values[part][key] = str(Path(values[part][key]).resolve())
+            data = values["data"]
+            sources = [data, *data["mix"], *(step for step in data["recipe"] if step.get("source"))]
+            for part, key in ((values["model"], "name"), *((part, "source") for part in sources)):
+                if Path(part[key]).exists():  # so that a resume from another folder finds it
+                    part[key] = str(Path(part[key]).resolve())
             (folder / "spec.yaml").write_text(
                 yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
@@ -261,6 +362,8 @@ class Run:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"{self.id} is running in another process", "", "Stop it there, or wait for it.") from error
+        self._control.wish = "go on"
+        _training[self.path] = self
         self._thread = threading.Thread(target=self._live, args=(lock,), name=f"nbtune-{self.id}", daemon=True)
         self._thread.start()
 
@@ -285,11 +388,26 @@ class Run:
         try:
             from nbtune.train.session import train_in_folder
 
-            train_in_folder(self.path, self.spec, on_event=on_event, should_stop=self._stop.is_set)
+            control = self._control
+            train_in_folder(
+                self.path,
+                self.spec,
+                on_event=on_event,
+                should_stop=control.should_stop,
+                should_pause=control.should_pause,
+            )
         except BaseException as error:  # noqa: BLE001 - kept, shown, and raised again by wait()
-            text = str(error) or type(error).__name__
-            log.write("".join(traceback.format_exception(error)))
-            on_event({"type": "end", "step": _last_step(self.events()), "status": "failed", "error": text})
+            where = "".join(traceback.format_exception(error))
+            log.write(where)
+            on_event(
+                {
+                    "type": "end",
+                    "step": _last_step(self.events()),
+                    "status": "failed",
+                    "error": _told(error),
+                    "traceback": where,
+                }
+            )
             # A live traceback would keep the model's tensors in memory; its text is in the log.
             self._exception = _without_frames(error)
         finally:
@@ -304,6 +422,7 @@ class Run:
         status = self.events()[-1].get("status", "failed")
         summary = summarise(self.id, self.spec, self.events(), status)
         _files.write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _training.pop(self.path, None)
         lock.release()
 
 
@@ -344,6 +463,19 @@ def summarise(run_id: str, spec: RunSpec, events: list[Event], status: str) -> d
     }
 
 
+def _alive(events: list[Event]) -> Status:
+    """What a run that has a thread is doing. MLflow may warn while it is paused."""
+    last = next((event["type"] for event in reversed(events) if event["type"] != "warning"), None)
+    return "paused" if last == "pause" else "running"
+
+
+def _told(error: BaseException) -> str:
+    """The error for a person: title, what happened, remedy, a line each; of others than ours, the name leads."""
+    if isinstance(error, NbtuneError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def _message(status: Status, events: list[Event]) -> str:
     """What to say of a run in one line."""
     last = events[-1] if events else None
@@ -360,6 +492,9 @@ def _log_line(event: Event) -> str:
     fields = {key: value for key, value in event.items() if key not in ("time", "type")}
     if event["type"] in ("status", "warning"):
         return f"{clock} {'warning: ' if event['type'] == 'warning' else ''}{event['message']}"
+    if event["type"] == "samples":
+        fields["samples"] = len(fields["samples"])
+    fields.pop("traceback", None)
     shown = "  ".join(
         f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
     )

@@ -22,7 +22,7 @@ ROWS = [
 ]
 SMALL = {
     "max_steps": 4, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
-    "eval_steps": 2, "save_steps": 2, "learning_rate": 1e-3,
+    "eval_steps": 2, "save_steps": 2, "learning_rate": 1e-3, "eval_samples": 0,
 }  # fmt: skip
 
 
@@ -100,6 +100,84 @@ def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(finished, tmp_pat
     assert again.status == "finished"
     assert losses(again) == losses(finished)
     assert adapter_bytes(again) == adapter_bytes(finished)
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_paused_it_waits_and_goes_on_as_if_nothing_had_been(finished, tmp_path):
+    run = nt.train(spec(), runs_dir=tmp_path)
+    until(lambda: run.progress().step >= 1)
+    run.pause()
+    until(lambda: run.status == "paused")
+    began, at = time.monotonic(), run.progress().step
+    assert run.kept_step == at  # a kernel that dies now loses nothing
+    assert run.progress().eta_seconds is None
+    time.sleep(1.5)
+    assert run.progress().step == at
+    assert run.resume() is run
+    assert run.wait().status == "finished"
+    pauses = [event for event in run.events() if event["type"] in ("pause", "continue")]
+    assert [(event["type"], event["step"]) for event in pauses] == [("pause", at), ("continue", at)]
+    assert pauses[1]["seconds"] > 1.4
+    assert run.summary()["train_seconds"] < run.summary()["ended"] - run.summary()["started"] - 1.4
+    assert time.monotonic() - began > 1.5
+    assert losses(run) == losses(finished)
+    assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+def test_a_paused_run_is_told_by_another_object_and_stops(finished, tmp_path):
+    """As from another kernel: a run that is locked and has no thread here is told through its folder."""
+    run = nt.train(spec(), runs_dir=tmp_path)
+    other = Run(run.path)
+    assert Run.open(run.path) is run
+    until(lambda: run.progress().step >= 1)
+    other.pause()
+    until(lambda: other.status == "paused")
+    other.resume()
+    until(lambda: other.status == "running")
+    other.pause()
+    until(lambda: other.status == "paused")
+    at = run.progress().step
+    other.stop()
+    assert run.wait(60).status == other.status == "stopped"
+    assert run.progress().step == at
+    assert not (run.path / ".wish").exists()
+    assert losses(Run.open(run.path).resume().wait()) == losses(finished)
+
+
+def test_samples_change_no_loss_and_no_weight(finished, tmp_path):
+    run = nt.train(spec(eval_samples=2, sample_prompts=["Say the number six."]), runs_dir=tmp_path).wait()
+    samples = [event for event in run.events() if event["type"] == "samples"]
+    assert [event["step"] for event in samples] == [0, 2, 4]
+    prompts = [[sample["prompt"] for sample in event["samples"]] for event in samples]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert prompts[0][0] == "Say the number six."
+    answers = {row["instruction"]: row["output"] for row in ROWS}
+    assert [sample["reference"] for sample in samples[0]["samples"]] == [
+        "",
+        *(answers[text] for text in prompts[0][1:]),
+    ]
+    assert samples[0]["samples"] != samples[2]["samples"]  # it has learnt something
+    assert all(sample["answer"] for sample in samples[0]["samples"])
+    assert losses(run) == losses(finished)
+    assert adapter_bytes(run) == adapter_bytes(finished)
+    assert "samples: step 4  samples 3" in run.log_tail(10)
+
+
+def test_samples_of_a_model_that_cannot_generate_are_a_warning(tmp_path, monkeypatch):
+    def broken(*args):
+        raise NotImplementedError("no cache")
+
+    monkeypatch.setattr(sys.modules["nbtune.train.samples"].Sampler, "_generate", broken)
+    run = nt.train(spec(eval_samples=1, max_steps=1), runs_dir=tmp_path).wait()
+    assert run.status == "finished"
+    warnings = [event["message"] for event in run.events() if event["type"] == "warning"]
+    assert warnings[0] == "There are no samples at step 0: no cache"
 
 
 def test_killed_and_resumed_is_bit_identical_to_uninterrupted(finished, tmp_path):
@@ -180,6 +258,9 @@ def test_a_failure_in_the_thread_is_kept_shown_and_raised(tmp_path, monkeypatch)
     assert "on fire" in run.progress().message
     assert "on fire" in run.error
     assert "Traceback" in run.log_tail(50)
+    assert "Traceback" in run.traceback
+    assert run.error.startswith("RuntimeError: the disk is on fire")
+    assert run.kept_step is None
     again = Run.open(run.path)
     assert again.status == "failed"
     with pytest.raises(RunError, match="on fire"):
@@ -204,6 +285,30 @@ print((psutil.Process().memory_info().rss - before) / 1e6)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) < 150  # MB; the model alone is 270
+
+
+def test_memory_that_runs_out_while_loading_says_so(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sys.modules["nbtune.train.session"], "load", broken)
+    run = nt.train(spec(), runs_dir=tmp_path)
+    with pytest.raises(RunError) as error:
+        run.wait()
+    assert error.value.title == "Memory ran out while the model was loaded"
+    assert "load_in_4bit" in error.value.remedy
+    assert "There was no room for base weights. Planned were" in error.value.message
+    assert "Tried to allocate 2.00 GiB" in error.value.message
+
+
+def test_a_label_and_a_note_and_a_name_that_finds_it(finished):
+    again = Run.open(finished.path)
+    again.rename("numbers in English")
+    again.annotate("r is 4")
+    assert (finished.name, finished.about.note) == ("numbers in English", "r is 4")
+    assert Run.open("numbers in English", runs_dir=finished.path.parent).id == finished.id
+    again.rename("")
+    assert finished.name == finished.id.split("-", 2)[2]
 
 
 def test_opening_by_name_and_listing(finished):

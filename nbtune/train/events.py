@@ -39,12 +39,36 @@ def read_events(run_path: Path, *, all_lives: bool = False) -> list[Event]:
     After a resume, the steps of the earlier life past the checkpoint no longer count and are left out; `all_lives`
     keeps them, in the order in which they were written. A last line without its end, as a kill leaves it, is not read.
     """
-    path = run_path / FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    events = [json.loads(line) for line in lines]
+    events, _ = _read_from(run_path / FILE, 0)
     return events if all_lives else _living(events)
+
+
+class EventReader:
+    """Reads the events of a run that goes on, as `read_events` does; a look parses only what is new."""
+
+    def __init__(self, run_path: Path) -> None:
+        self._file = run_path / FILE
+        self._read: tuple[int, list[Event]] = (0, [])  # bytes, and the events in them; replaced whole: threads share it
+
+    def read(self) -> list[Event]:
+        """The events so far; the same list as before where there is nothing new."""
+        offset, events = self._read
+        new, offset = _read_from(self._file, offset)
+        if new:
+            events = [*events, *new]
+            self._read = offset, _living(events) if any(event["type"] == "resume" for event in new) else events
+        return self._read[1]
+
+
+def _read_from(file: Path, offset: int) -> tuple[list[Event], int]:
+    """The events after `offset` bytes, in whole lines, and where the next ones will begin."""
+    if not file.exists() or file.stat().st_size == offset:
+        return [], offset
+    with file.open("rb") as lines:
+        lines.seek(offset)
+        data = lines.read()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].split(b"\n")[:-1]], offset + end
 
 
 def _living(events: list[Event]) -> list[Event]:

@@ -37,6 +37,8 @@ from nbtune.train.schedule import Schedule
 
 OnEvent = Callable[[Event], None]
 
+PAUSE_SECONDS = 0.1  # between two questions whether to go on
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -59,6 +61,7 @@ def train(
     room: Room,
     on_event: OnEvent,
     should_stop: Callable[[], bool],
+    should_pause: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train what requires gradients in `loss_model`, from the newest checkpoint under `checkpoints` if there is one.
 
@@ -74,6 +77,7 @@ def train(
         room: Lays the steps out, smaller once memory runs out; the step in which it does is done again.
         on_event: Told what happens; see docs/architecture.md for the events.
         should_stop: Asked before every forward pass. The step in progress is given up: checkpoints are of whole steps.
+        should_pause: Asked before every step, and while the loop waits as long as it says yes.
 
     Raises:
         NbtuneError: The loss is no longer a number, or one example is too much for the memory.
@@ -134,6 +138,9 @@ def train(
         on_event({"type": "status", "message": "compiling the blocks"})
         on_event(compile_and_time(loss_model.model, one_pass, len(batches), total_steps - start))
     for step in range(start, total_steps):
+        if should_pause():
+            _save(checkpoints, step, state, optimizer, training, on_event)
+            _pause(step, should_pause, on_event)
         began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
         num_items = sum(_supervised(batch) for batch in micro_batches)
@@ -217,6 +224,15 @@ def _evaluate(
             "seconds": time.perf_counter() - began,
         }
     )
+def _pause(step: int, should_pause: Callable[[], bool], on_event: OnEvent) -> None:
+    """Wait, after `step` optimiser steps, as long as `should_pause` says."""
+    on_event({"type": "pause", "step": step})
+    began = time.perf_counter()
+    while should_pause():
+        time.sleep(PAUSE_SECONDS)
+    on_event({"type": "continue", "step": step, "seconds": time.perf_counter() - began})
+
+
 
 
 def _save(

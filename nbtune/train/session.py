@@ -28,13 +28,18 @@ from nbtune.train.events import Event, read_events
 from nbtune.train.loop import Outcome, train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap
-from nbtune.train.room import Room
+from nbtune.train.room import Room, naming_lack_of_memory
 from nbtune.train.schedule import Schedule, eval_batches
 from nbtune.train.tracking import MlflowFollower
 
 
 def train_in_folder(
-    path: Path, spec: RunSpec, *, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    path: Path,
+    spec: RunSpec,
+    *,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+    should_pause: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train `spec` in the run folder `path`, from its last checkpoint if it has one, and report to `on_event`.
 
@@ -42,7 +47,7 @@ def train_in_folder(
     """
     with _followed_by_mlflow(path, spec, on_event):
         with PeakMemory(default_device()) as memory:
-            outcome = _train(path, spec, memory, on_event, should_stop)
+            outcome = _train(path, spec, memory, on_event, should_stop, should_pause)
         status = "stopped" if outcome.stopped else "finished"
         on_event({"type": "end", "step": outcome.step, "status": status, "peak_memory_bytes": memory.peak_bytes})
 
@@ -53,6 +58,7 @@ def _train(
     memory: PeakMemory,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    should_pause: Callable[[], bool],
 ) -> Outcome:
     checkpoints = path / "checkpoints"
     if any(event["type"] == "start" for event in read_events(path)):
@@ -70,7 +76,8 @@ def _train(
         }
     )
     on_status("loading the model")
-    loaded = load(trained_model(spec), for_training=True, on_status=on_status)
+    with naming_lack_of_memory(planned, "base weights", "the model was loaded"):
+        loaded = load(trained_model(spec), for_training=True, on_status=on_status)
     loading_peak = memory.peak_bytes  # much of it pages of the weights' files, which the system may drop
     trim_heap()
     memory.restart()
@@ -104,6 +111,7 @@ def _train(
             room=room,
             on_event=on_event,
             should_stop=should_stop,
+            should_pause=should_pause,
         )
     on_status("writing the adapter" if adapted is not None else "writing the model")
     _write_result(path, loaded, adapted)

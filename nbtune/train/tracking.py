@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbtune import _files
+from nbtune.errors import RunError
+from nbtune.shelf import FILE as ABOUT
+from nbtune.shelf import read_about
 from nbtune.spec import RunSpec
 from nbtune.store import initialise, tracking_uri
 from nbtune.train.events import Event, read_events
@@ -88,6 +91,19 @@ def log_artifact(path: Path, file: Path) -> None:
     reporter.client.log_artifact(reporter.run_id, str(file))
 
 
+def send_about(path: Path) -> None:
+    """Give the MLflow run the label and the note of the run at `path`.
+
+    Raises RunError where MLflow does not take them; the run's folder has them, and `sync` sends them later.
+    """
+    try:
+        _Reporter(path, RunSpec.from_yaml(path / "spec.yaml")).report_about()
+    except Exception as error:
+        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        remedy = f"It is kept here; `nbtune sync {path.name}` sends it."
+        raise RunError("MLflow was not told", message, remedy) from error
+
+
 class _Reporter:
     """What MLflow has of one run, and the rest of it."""
 
@@ -133,6 +149,12 @@ class _Reporter:
         self._save()
         if final:
             self._report_end(events)
+
+    def report_about(self) -> None:
+        """Send the label and the note that a person gave the run."""
+        about = read_about(self.path)
+        self.client.update_run(self.run_id, name=about.label or self.path.name)
+        self.client.set_tag(self.run_id, "mlflow.note.content", about.note)
 
     def _create_run(self) -> str:
         client, name = self.client, self._spec.tracking.experiment
@@ -182,6 +204,8 @@ class _Reporter:
         notebook = Path(os.environ.get("JPY_SESSION_NAME", ""))
         if notebook.suffix == ".ipynb" and notebook.is_file():
             self.client.log_artifact(self.run_id, str(notebook))
+        if (self.path / ABOUT).exists():
+            self.report_about()
         self.client.set_terminated(self.run_id, status=STATUS[ended])
 
     def _save(self) -> None:

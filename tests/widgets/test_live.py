@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import statistics
 import threading
 import time
 
@@ -11,7 +12,7 @@ import replay
 from rich.console import Console
 
 from nbtune.errors import RunError
-from nbtune_widgets import LiveView, charts, in_kernel
+from nbtune_widgets import LiveView, _reports, charts, in_kernel
 from nbtune_widgets.terminal import TerminalView
 
 
@@ -55,7 +56,9 @@ def test_progress_line_says_step_speed_and_time_left(make):
     view = make(steps=100, begin=False)
     view.run.status, view.run.written = "running", 60
     view._step()
-    assert "step 56 of 100 · 812 tokens/s" in view.status.value
+    step = view.run.progress().step
+    assert 50 < step < 60
+    assert f"step {step} of 100 · 812 tokens/s" in view.status.value
     assert "left" in view.status.value
     view.run.written = 1
     view._step()
@@ -99,6 +102,78 @@ def test_after_a_pump_a_thread_takes_over_for_the_buttons(make):
     until(lambda: view.run.status == "finished")
 
 
+def buttons(view):
+    """What can be pressed now."""
+    found = {"Pause": view.pause_button, "Stop": view.stop_button, "Resume": view.resume_button}
+    return [name for name, button in found.items() if button.layout.display is None]
+
+
+def test_pause_and_resume_by_button_and_only_what_applies_is_shown(make):
+    view = make(steps=400, seconds=0.005)
+    view.start()
+    until(lambda: view.charts.outputs)
+    assert buttons(view) == ["Pause", "Stop"]
+    view.pause_button.click()
+    until(lambda: buttons(view) == ["Stop", "Resume"])
+    at = view.run.progress().step
+    assert f"paused · step {at} of 400" in view.status.value
+    time.sleep(0.1)
+    assert view.run.progress().step == at
+    view.resume_button.click()
+    until(lambda: buttons(view) == ["Pause", "Stop"])
+    until(lambda: view.run.progress().step > at)
+    view.pause_button.click()
+    until(lambda: buttons(view) == ["Stop", "Resume"])
+    view.stop_button.click()
+    until(lambda: buttons(view) == ["Resume"])
+    assert view.run.status == "stopped"
+
+
+def test_samples_unfold_by_question_with_the_datas_answer_under_them(make):
+    view = make(steps=100, begin=False)
+    view._blocking = True  # this test drives
+    view.run.status, view.run.written = "running", 1
+    view._step()
+    assert view.folds["samples"].toggle.layout.display == "none"  # nothing was asked yet
+    view.run.written = len(view.run.script)
+    view._step()
+    assert view.folds["samples"].toggle.description == "▸ samples (3)"
+    view.folds["samples"].toggle.value = True
+    view._step()
+    html = view.folds["samples"].content.value
+    assert html.count("What does `os.path.join` do in Python?") == 1
+    assert [html.count(f">step {step}<") for step in (0, 20, 40, 60, 80, 100)] == [3] * 6
+    assert html.count(">data<") == 2  # the third question is a person's own
+    assert "treat &lt;tabs&gt;?" in html  # what a model or a person writes is no HTML
+    assert "<tabs>" not in html
+
+
+def test_of_many_evaluations_the_first_the_last_and_some_between_are_shown():
+    events = [replay.samples(step, step / 1000) for step in range(0, 1001, 20)]
+    html = _reports.samples(events)
+    steps = [step for step in range(0, 1001, 20) if f">step {step}<" in html]
+    assert (len(steps), steps[0], steps[-1]) == (6, 0, 1000)
+
+
+def test_an_update_takes_less_than_two_hundredths_of_a_second(make):
+    """At 1 Hz that is 2 % of a core: with 1,000 steps behind it, new ones every second, and everything unfolded."""
+    view = make(steps=1100, begin=False)
+    view._blocking = True
+    view.run.status = "running"
+    for fold in view.folds.values():
+        fold.toggle.value = True
+    script, took = view.run.script, []
+    written = next(index for index, event in enumerate(script) if event["step"] == 1000)
+    for _ in range(20):
+        written += 5
+        view.run.written, view._pushed_at = written, 0.0
+        began = time.process_time()
+        view._step()
+        took.append(time.process_time() - began)
+    assert view.pushes == 20
+    assert statistics.median(took) < 0.02
+
+
 def test_an_interrupt_of_a_pump_stops_the_run(make, monkeypatch):
     view = make(steps=400, seconds=0.005)
     waits = iter([True])
@@ -113,12 +188,31 @@ def test_an_interrupt_of_a_pump_stops_the_run(make, monkeypatch):
     assert view.run.status == "stopped"
 
 
-def test_a_failure_is_said_in_plain_words(make):
-    view = make(steps=40, seconds=0.005, fail_at=7)
+def test_a_failure_has_a_title_a_remedy_what_is_kept_and_a_folded_traceback(make):
+    view = make(steps=60, seconds=0.001, fail_at=27)
     view.pump()  # trap 1: the thread's failure must be seen
-    assert "The run failed: Loss is not a number" in view.notice.value
-    assert "Lower the learning rate" in view.notice.value
-    assert view.resume_button.layout.display is None
+    html = view.notice.value
+    assert ">Loss is not a number</b>" in html
+    assert "<div>Lower the learning rate.</div>" in html
+    assert "The checkpoint of step 20 is kept: Resume goes on from it." in html
+    assert html.index("<details") < html.index("Traceback (most recent call last)") < html.index("</details>")
+    assert "<details open" not in html
+    assert "user-select:all" in html  # one click selects it, to be copied
+    assert buttons(view) == ["Resume"]
+
+
+def test_a_failure_before_the_first_checkpoint_says_so(make):
+    view = make(steps=40, seconds=0.001, fail_at=7)
+    view.pump()
+    assert "No checkpoint was written yet: Resume starts from the beginning." in view.notice.value
+
+
+def test_an_interruption_says_what_is_kept(make):
+    view = make(steps=60, begin=False)
+    view.run.status, view.run.written = "interrupted", len(view.run.script)
+    view._step()
+    assert "its process ended" in view.notice.value
+    assert "The checkpoint of step 60 is kept" in view.notice.value
 
 
 def test_a_refused_resume_is_said(make, monkeypatch):
@@ -206,16 +300,40 @@ def test_log_and_settings_open_on_demand(make):
     view._blocking = True
     view.run.wait()
     view._step()
-    assert view.log.layout.display == view.settings.layout.display == "none"
-    view.log_toggle.value = view.spec_toggle.value = True
+    log, spec = view.folds["log"], view.folds["spec"]
+    assert log.content.layout.display == spec.content.layout.display == "none"
+    log.toggle.value = spec.toggle.value = True
     view._step()
-    assert "step 5 train" in view.log.value
-    assert "max_steps: 5" in view.settings.value
+    assert "step 5 train" in log.content.value
+    assert "max_steps: 5" in spec.content.value
+
+
+def test_a_variation_opens_the_form_with_the_runs_settings(make):
+    run = replay.ReplayRun(steps=7, seconds=0.001)
+    view = LiveView(run, interval=0.02, after=True)
+    assert view.after.buttons.layout.display == "none"
+    view.pump()
+    assert view.after.buttons.layout.display is None
+    view.after.vary_button.click()
+    until(lambda: view.after.opened.children, 30)
+    wizard = view.after._wizard
+    assert wizard.spec == run.spec
+    assert wizard.fields["training.max_steps"].value == 7
+    wizard.wait(120)
+    view.close()
+
+
+def test_what_cannot_be_opened_says_why(make):
+    view = LiveView(replay.ReplayRun(steps=3, seconds=0.001), interval=0.02, after=True)
+    view.pump()
+    view.after.compare_button.click()  # a replayed run has no adapter
+    until(lambda: "nt-error" in view.after.told.value, 60)
+    view.close()
 
 
 def test_close_gives_every_widget_back():
     before = set(ipywidgets.widgets.widget._instances)
-    view = LiveView(replay.ReplayRun(steps=3, seconds=0.001))
+    view = LiveView(replay.ReplayRun(steps=3, seconds=0.001), after=True)
     view.start()
     view.close()
     assert set(ipywidgets.widgets.widget._instances) == before

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from nbtune_widgets.live import LiveRun, LiveView
+from nbtune_widgets.runs import RunsView, show_runs
 from nbtune_widgets.wizard import Wizard, wizard
 
-__all__ = ["LiveView", "Wizard", "in_kernel", "show", "watch", "watch_async", "wizard"]
+__all__ = ["LiveView", "RunsView", "Wizard", "in_kernel", "show", "show_runs", "watch", "watch_async", "wizard"]
 
 
 def in_kernel() -> bool:
@@ -27,20 +28,20 @@ def watch(run: LiveRun) -> None:
 
         TerminalView(run).pump()
         return
-    view = LiveView(run)
+    view = LiveView(run, after=True)
     view.show()
     view.pump()
 
 
 async def watch_async(run: LiveRun) -> None:
     """As `watch`, but awaited, so that the buttons work while the cell runs (ipykernel 7.4 and later)."""
-    view = LiveView(run)
+    view = LiveView(run, after=True)
     view.show()
     await view.pump_async()
 
 
 def show(run: LiveRun) -> LiveView:
     """Show the run in this cell and return at once; the Stop button works and other cells run."""
-    view = LiveView(run)
+    view = LiveView(run, after=True)
     view.show()
     return view.start()

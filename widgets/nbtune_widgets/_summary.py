@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nbtune.spec import RunSpec, method_label
+from nbtune_widgets import _reports
 from nbtune_widgets._style import gigabytes
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def rows(run: LiveRun) -> list[tuple[str, str]]:
     """The run in a few lines: (what, how much)."""
     summary = run.summary()
     found = [
-        ("Run", f"{run.id}, {run.status}"),
+        ("Run", f"{run.id}, {run.status}" if run.id.endswith(run.name) else f"{run.name} ({run.id}), {run.status}"),
         ("Setting", title(run.spec)),
-        ("Held-out loss", _change(summary)),
+        ("Held-out loss", change(summary)),
         ("Speed", _if(summary.get("train_tokens_per_second"), lambda value: f"{value:,.0f} tokens/s")),
         ("Peak memory", _memory(summary)),
         ("Trainable", _if(summary.get("trainable_parameters"), lambda value: f"{value:,} parameters")),
@@ -47,11 +48,20 @@ def bundle(run: LiveRun) -> dict[str, str]:
         for what, text in table
     )
     look = "border:0;border-collapse:collapse;font-size:13px;margin:4px 0 0 6px"
-    html = f'<table style="{look}"><tbody>{body}</tbody></table>'
+    html = f'<table style="{look}"><tbody>{body}</tbody></table>{_details(run)}'
     return {"text/html": html, "text/plain": "\n".join(f"{what}: {text}" for what, text in table)}
 
 
-def _change(summary: Mapping[str, Any]) -> str:
+def _details(run: LiveRun) -> str:
+    """What is kept behind a title: the answers on the way, the traceback of a failure, the spec."""
+    answers = _reports.samples(run.events())
+    folded = f"<details><summary>What it answered</summary>{answers}</details>" if answers else ""
+    folded += _reports.folded("Traceback", run.traceback or "") + _reports.folded("Spec", run.spec.to_yaml())
+    return f'<div style="margin:6px 0 0 6px;font-size:13px">{folded}</div>'
+
+
+def change(summary: Mapping[str, Any]) -> str:
+    """The held-out loss before and after: 3.730 → 2.412 (−35%)."""
     before, after = summary.get("eval_loss_before"), summary.get("eval_loss_after")
     if before is None or after is None or before == after:  # measured once
         return _if(after if after is not None else before, lambda value: f"{value:.3f}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nbtune_widgets.charts import Panel, Trace
 
 WIDTH = 900
+SPARK_WIDTH, SPARK_HEIGHT = 112, 28
 GRID = "#7f8ea6"
 
 
@@ -22,6 +23,29 @@ def draw(panels: Sequence[Panel], height: int, margin: Mapping[str, int], text_c
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" role="img" '
         f'style="max-width:{WIDTH}px" font-family="system-ui,sans-serif" font-size="11" fill="{text_color}">'
         f"<title>{escape(label)}</title>{body}</svg>"
+    )
+
+
+def sparkline(
+    points: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]], colors: tuple[str, str]
+) -> str:
+    """A curve of SPARK_WIDTH x SPARK_HEIGHT pixels without axes, and dots on it; "" where there are no points."""
+    both = [*points, *dots]
+    if not both:
+        return ""
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*both, strict=True))
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        across = (point[0] - left) / ((right - left) or 1)
+        up = (point[1] - low) / ((high - low) or 1)
+        return 3 + across * (SPARK_WIDTH - 6), SPARK_HEIGHT - 3 - up * (SPARK_HEIGHT - 6)
+
+    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
+    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colors[1]}"/>' for x, y in map(at, dots))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{SPARK_WIDTH}" height="{SPARK_HEIGHT}" aria-hidden="true" '
+        f'style="display:block"><polyline points="{curve}" fill="none" stroke="{colors[0]}" stroke-width="1.6" '
+        f'stroke-linejoin="round"/>{marks}</svg>'
     )
 
 

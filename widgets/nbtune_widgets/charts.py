@@ -23,8 +23,10 @@ Point = tuple[float, float]  # step, value
 PLOTLY = "application/vnd.plotly.v1+json"
 MAX_POINTS = 500  # of one trace, in the figure
 SVG_POINTS = 70  # of one trace, in the twin
+SPARK_POINTS, SPARK_DOTS = 40, 8
 
 BLUE, GREEN, ORANGE, SLATE = "#4878d8", "#2f9461", "#d08a1a", "#7f8ea6"
+COLORS = (BLUE, ORANGE, GREEN, "#b0569c", "#d9534f", "#3f9fb3", "#8d6bd0", SLATE)  # of runs over each other
 TEXT = "#767f8e"  # the greys that reach 4:1 on white and on JupyterLab's black are few; this is one
 GRID = "rgba(127,142,166,0.22)"
 HEIGHT = 290
@@ -66,7 +68,10 @@ class Panel:
 
 def bundle(events: Iterable[Event], view: View | None = None) -> dict[str, Any]:
     """The charts of these events as `{mime type: content}`, for `display(..., raw=True)` or `Output.outputs`."""
-    drawn = panels(events, view or View())
+    return _bundled(panels(events, view or View()))
+
+
+def _bundled(drawn: Sequence[Panel]) -> dict[str, Any]:
     return {
         PLOTLY: figure(drawn),
         "image/svg+xml": _svg.draw([_thinned(panel, SVG_POINTS) for panel in drawn], HEIGHT, MARGIN, TEXT),
@@ -110,6 +115,33 @@ def panels(events: Iterable[Event], view: View) -> list[Panel]:
               right, bottom, number, log=view.log, from_zero=not view.log),
     ]  # fmt: skip
     return [_thinned(_windowed(panel, steps), MAX_POINTS) for panel in drawn]
+
+
+def overlay(curves: Sequence[tuple[str, Sequence[Event]]], view: View | None = None) -> dict[str, Any]:
+    """The losses of several runs, given as (name, events), over each other; the colours are those of `COLORS`."""
+    view = view or View()
+    training, held_out = [], []
+    for index, (name, events) in enumerate(curves):
+        color = COLORS[index % len(COLORS)]
+        loss = _series([event for event in events if event["type"] == "train"], "loss")
+        evals = _series([event for event in events if event["type"] == "eval"], "eval_loss")
+        training.append(Trace(name, _smoothed(loss, view.smoothing), color))
+        held_out.append(Trace(name, evals, color))
+    last = max((point[0] for trace in (*training, *held_out) for point in trace.points), default=1.0)
+    whole = (0.0, 1.0)
+    drawn = [
+        Panel("Loss", "smoothed" if view.smoothing else "", training, (0.0, 0.46), whole, number, log=view.log),
+        Panel("Held-out loss", "", held_out, (0.54, 1.0), whole, number, log=view.log),
+    ]
+    return _bundled([_thinned(_windowed(panel, (0.0, max(last, 1.0))), MAX_POINTS) for panel in drawn])
+
+
+def spark(events: Sequence[Event]) -> str:
+    """The smoothed loss and the held-out loss as a small SVG picture."""
+    loss = _series([event for event in events if event["type"] == "train"], "loss")
+    evals = _series([event for event in events if event["type"] == "eval"], "eval_loss")
+    smooth = decimated(_smoothed(loss, View.smoothing), SPARK_POINTS)
+    return _svg.sparkline(smooth, decimated(evals, SPARK_DOTS), (BLUE, ORANGE))
 
 
 def figure(drawn: Sequence[Panel]) -> dict[str, Any]:

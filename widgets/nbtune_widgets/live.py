@@ -1,4 +1,4 @@
-"""The live view of a run: progress, charts, Stop and Resume, and what stays in the notebook when it ends.
+"""The live view of a run: progress, charts, Pause, Stop and Resume, and what stays in the notebook when it ends.
 
     view = LiveView(run)
     view.show(); view.pump()          # blocks; papermill, Colab, a cell that should end with the run
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import re
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -28,9 +28,12 @@ from IPython.display import DisplayHandle, display
 
 from nbtune.errors import NbtuneError
 from nbtune.spec import RunSpec
-from nbtune_widgets import _summary, charts
-from nbtune_widgets._style import chip, duration, notice, style
+from nbtune_widgets import _reports, _summary, charts
+from nbtune_widgets._after import After
+from nbtune_widgets._board import Board, show_if
+from nbtune_widgets._style import duration, notice
 
+LIVE = ("created", "running", "paused")  # the status of a run that has not ended
 LOG_LINES = 14
 PUSH_SECONDS = 0.9  # a push redraws the charts and loses a zoom, so it comes at most this often
 IDLE_SECONDS = 2.0  # how often an ended run is looked at, in case code resumes it
@@ -55,6 +58,8 @@ class LiveRun(Protocol):
     @property
     def id(self) -> str: ...
     @property
+    def name(self) -> str: ...
+    @property
     def path(self) -> Path: ...
     @property
     def spec(self) -> RunSpec: ...
@@ -62,21 +67,26 @@ class LiveRun(Protocol):
     def status(self) -> str: ...
     @property
     def error(self) -> str | None: ...
+    @property
+    def traceback(self) -> str | None: ...
+    @property
+    def kept_step(self) -> int | None: ...
     def events(self) -> list[dict[str, Any]]: ...
     def progress(self) -> Progress: ...
     def log_tail(self, lines: int, /) -> str: ...
     def summary(self) -> dict[str, Any]: ...
     def stop(self) -> Any: ...
+    def pause(self) -> Any: ...
     def resume(self) -> Any: ...
 
 
 def alive(run: LiveRun) -> bool:
-    return run.status in ("created", "running")
+    return run.status in LIVE
 
 
 def short_name(run: LiveRun) -> str:
-    """The part of a run's id that a person remembers: amber-heron of 20261122-071349-amber-heron."""
-    return re.sub(r"^\d{8}-\d{6}-", "", run.id)
+    """What a person calls the run: its label, or the part of its id that can be remembered."""
+    return run.name
 
 
 def progress_line(progress: Progress) -> str:
@@ -100,15 +110,17 @@ def _steps(progress: Progress) -> str:
     return f"step {progress.step} of {progress.total_steps or '?'}"
 
 
-class LiveView:
+class LiveView(Board):
     """Shows one run. `widget` is the box to place; `show()` displays it in the current cell, with room for the result.
 
     Args:
         run: The run; see `LiveRun` for what is asked of it.
         interval: Seconds between two looks at the run.
+        after: Whether an ended run can be chatted with and varied from here.
     """
 
-    def __init__(self, run: LiveRun, interval: float = 1.0) -> None:
+    def __init__(self, run: LiveRun, interval: float = 1.0, *, after: bool = False) -> None:
+        super().__init__(run.name, run.id, _summary.title(run.spec))
         self.run = run
         self.interval = interval
         self.when_ended: Callable[[bool], None] = lambda _: None  # told at every look, by whoever drives
@@ -124,52 +136,13 @@ class LiveView:
         self._pushed_at = 0.0
         self._settled = False
         self._note = ("", "", "")  # status when it was said, text, kind
-        self._build()
-
-    def _build(self) -> None:
-        name = f'<span class="nt-name" title="{self.run.id}">{short_name(self.run)}</span>'
-        name = f'<div class="nt-row">{name}{chip(_summary.title(self.run.spec))}</div>'
-        grow = widgets.Layout(flex="1 1 auto", min_width="0")
-        self.header = widgets.HTML(name, layout=grow)
-        self.status = widgets.HTML(layout=widgets.Layout(flex="0 1 auto", margin="0 0 0 auto"))
-        self.stop_button = widgets.Button(description="Stop", tooltip="Stop after this step; the run can be resumed")
-        self.resume_button = widgets.Button(description="Resume", tooltip="Go on from the last checkpoint")
-        self.bar = widgets.FloatProgress(
-            min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="8px 0 4px")
-        )
-        self.bar.add_class("nt-bar")
-        self.notice = widgets.HTML(layout=widgets.Layout(display="none"))
-        self.charts = widgets.Output(layout=widgets.Layout(width="100%"))
-        narrow = {"description_width": "initial"}
-        self.window = widgets.Dropdown(  # all is 0: a Dropdown takes None for "nothing is chosen" and shows nothing
-            options=[("all steps", 0), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
-            description="window", style=narrow, layout=widgets.Layout(width="145px"))  # fmt: skip
-        self.smoothing = widgets.FloatSlider(
-            value=charts.View.smoothing, min=0, max=0.99, step=0.01, description="smoothing", continuous_update=False,
-            style=narrow, layout=widgets.Layout(width="170px"))  # fmt: skip
-        self.log_scale, self.freeze = (_check_box(name) for name in ("log scale", "freeze"))
-        self.freeze.tooltip = "Keep the charts still, to zoom and to read"
-        self.log_toggle = widgets.ToggleButton(description="▸ log", tooltip="The last lines of the run's log")
-        self.spec_toggle = widgets.ToggleButton(description="▸ settings", tooltip="Exactly what this run was told")
-        for toggle in (self.log_toggle, self.spec_toggle):
-            toggle.add_class("nt-link")
-        hidden = widgets.Layout(display="none")
-        self.log, self.settings = widgets.HTML(layout=hidden), widgets.HTML(layout=widgets.Layout(display="none"))
-        row = widgets.Layout(align_items="center", width="100%", flex_flow="row wrap")
-        self.controls = widgets.HBox(
-            [self.window, self.smoothing, self.log_scale, self.freeze, widgets.HBox(layout=grow), self.log_toggle,
-             self.spec_toggle], layout=row)  # fmt: skip
-        self.controls.add_class("nt-controls")
-        top = widgets.HBox([self.header, self.status, self.stop_button, self.resume_button], layout=row)
-        self.widget = widgets.VBox(
-            [style(), top, self.bar, self.notice, self.charts, self.controls, self.log, self.settings]
-        )
-        for name in ("nbtune", "nt-card"):
-            self.widget.add_class(name)
+        self.after = After(run) if after else None
+        if self.after is not None:
+            self.widget.children = (*self.widget.children, self.after.widget)
+        self.pause_button.on_click(lambda _: self._tell("pause"))
         self.stop_button.on_click(lambda _: self._tell("stop"))
         self.resume_button.on_click(lambda _: self._tell("resume"))
-        for control in (self.window, self.smoothing, self.log_scale, self.freeze, self.log_toggle, self.spec_toggle):
-            control.observe(lambda _: self._tell("look"), names="value")
+        self.on_look(lambda: self._tell("look"))
         self._refresh()
 
     def show(self) -> None:
@@ -194,11 +167,6 @@ class LiveView:
 
     def _ipython_display_(self) -> None:
         self.show()
-
-    @property
-    def view(self) -> charts.View:
-        """What the view controls say."""
-        return charts.View(self.window.value or None, self.log_scale.value, self.smoothing.value)
 
     def pump(self) -> None:
         """Draw from this thread until the run ends. An interrupt of the kernel stops the run, a second one leaves."""
@@ -244,6 +212,8 @@ class LiveView:
     def close(self) -> None:
         """Stop drawing and give the widgets back. The run goes on; what was kept in the notebook stays."""
         self._take_over()
+        if self.after is not None:
+            self.after.close()
         dispose(self.widget)
 
     def _follow(self) -> None:
@@ -255,7 +225,9 @@ class LiveView:
                 self._wake.clear()
         except Exception as error:  # noqa: BLE001 - a thread's exception is seen by nobody: keep it and show it
             self.error = f"{type(error).__name__}: {error}"
-            self._say(f"The view of this run failed; the run itself is not touched.\n{self.error}", "error")
+            text = f"The view of this run failed; the run itself is not touched.\n{self.error}"
+            where = "".join(traceback.format_exception(error))
+            self.say(notice(text, "error") + _reports.folded("Traceback of the view", where))
 
     def _take_over(self) -> None:
         """Make this thread the one that writes: end the updater thread and wait for it."""
@@ -286,40 +258,56 @@ class LiveView:
         return ended
 
     def _obey(self, command: str) -> None:
+        status = self.run.status
         try:
             if command == "stop" and alive(self.run):
                 self.run.stop()
-                self._note = (self.run.status, "Stopping after this step …", "info")
-            elif command == "resume" and not alive(self.run):
+                self._note = (status, "Stopping after this step …", "info")
+            elif command == "pause" and status == "running":
+                self.run.pause()
+                self._note = (status, "Pausing after this step …", "info")
+            elif command == "resume" and status != "running":
                 self.run.resume()
         except NbtuneError as error:
-            self._note = (self.run.status, str(error), "error")
+            self._note = (status, str(error), "error")
 
     def _refresh(self) -> None:
         """Everything but the charts. Setting a trait to what it is sends nothing, so this costs little."""
         status, progress = self.run.status, self.run.progress()
-        running = alive(self.run)
+        running = status in ("created", "running")
         text = progress_line(progress) if running else f"{status} · {_steps(progress)}"
-        self.status.value = f'<span class="nt-soft" style="margin:0 12px;white-space:nowrap">{text}</span>'
+        self.status.value = f'<span class="nt-soft" style="margin:0 12px;white-space:nowrap">{escape(text)}</span>'
         self.bar.value = done(progress)
-        self.stop_button.layout.display = None if running else "none"
-        self.freeze.layout.display = None if running else "none"
-        self.resume_button.layout.display = None if status in ("stopped", "failed", "interrupted") else "none"
-        self._say(*self._news(status))
-        _open(self.log, self.log_toggle, "log", lambda: self.run.log_tail(LOG_LINES) or "nothing yet")
-        _open(self.settings, self.spec_toggle, "settings", self.run.spec.to_yaml)
+        show_if(self.pause_button, running)
+        show_if(self.stop_button, alive(self.run))
+        show_if(self.freeze, alive(self.run))
+        show_if(self.resume_button, status in ("paused", "stopped", "failed", "interrupted"))
+        self.say(self._news(status))
+        self._unfold()
+        if self.after is not None:
+            self.after.offer(not alive(self.run))
 
-    def _news(self, status: str) -> tuple[str, str]:
+    def _unfold(self) -> None:
+        events = self.run.events()
+        count = _reports.count_samples(events)
+        show_if(self.folds["samples"].toggle, bool(count))
+        self.folds["samples"].show(str(count), lambda: _reports.samples(events))
+        warnings = sum(event["type"] == "warning" for event in events)
+        told = f"{warnings} warning{'s' if warnings > 1 else ''}" if warnings else ""
+        self.folds["log"].show(told, lambda: _pre(self.run.log_tail(LOG_LINES) or "nothing yet"))
+        self.folds["spec"].show("", lambda: _pre(self.run.spec.to_yaml()))
+
+    def _news(self, status: str) -> str:
         """What to say under the bar: the answer to a button while the status is as it was then, else the status."""
         said_at, text, kind = self._note
         if said_at == status:
-            return text, kind
+            return notice(text, kind)
         self._note = ("", "", "")
         if status == "failed":
-            return f"The run failed: {self.run.error or 'the reason is in its log'}", "error"
+            return _reports.failure(self.run) or notice("The run failed.\nThe reason is in its log.", "error")
         if status == "interrupted":
-            return "The run was interrupted: its process ended.\nResume goes on from the last checkpoint.", ""
-        return "", ""
+            return notice(f"The run was interrupted: its process ended.\n{_reports.kept(self.run)}")
+        return ""
 
     def _draw(self, asked: bool, ended: bool) -> None:
         if ended and self.kept:
@@ -354,20 +342,9 @@ class LiveView:
         self.charts.outputs = ()
         self._drawn, self._settled = (), True
 
-    def _say(self, text: str, kind: str = "") -> None:
-        self.notice.value = notice(text, kind)
-        self.notice.layout.display = None if text else "none"
 
-
-def _check_box(name: str) -> widgets.Checkbox:
-    return widgets.Checkbox(description=name, indent=False, layout=widgets.Layout(width="auto", margin="2px"))
-
-
-def _open(place: widgets.HTML, toggle: widgets.ToggleButton, name: str, text: Any) -> None:
-    place.layout.display = None if toggle.value else "none"
-    toggle.description = f"{'▾' if toggle.value else '▸'} {name}"
-    if toggle.value:
-        place.value = f"<pre>{escape(text())}</pre>"
+def _pre(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
 
 
 def places(text: str) -> list[DisplayHandle]:

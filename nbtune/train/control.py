@@ -1,0 +1,49 @@
+"""What is asked of a run while it trains: to pause, to stop, to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from nbtune import _files
+
+Wish = Literal["go on", "pause", "stop"]
+FILE = ".wish"
+
+
+class Control:
+    """The last wish for the run at `path`: of any thread of this process, or of another one, which leaves it in a file.
+
+    The training thread looks before every forward pass, and ten times a second while it waits.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path / FILE
+        self._wish: Wish = "go on"
+
+    @property
+    def wish(self) -> Wish:
+        try:
+            text = self._file.read_text(encoding="utf-8")
+            self._file.unlink()
+        except FileNotFoundError:
+            return self._wish
+        if text in ("go on", "pause", "stop"):
+            self._wish = text
+        return self._wish
+
+    @wish.setter
+    def wish(self, wish: Wish) -> None:
+        self._file.unlink(missing_ok=True)
+        self._wish = wish
+
+    def should_stop(self) -> bool:
+        return self.wish == "stop"
+
+    def should_pause(self) -> bool:
+        return self.wish == "pause"
+
+
+def leave_wish(path: Path, wish: Wish) -> None:
+    """Tell the process that trains the run at `path`."""
+    _files.write_text(path / FILE, wish)

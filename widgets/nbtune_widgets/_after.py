@@ -1,0 +1,85 @@
+"""What can be done with a run that has ended: chat with it, or start a variation of it in a form of its own."""
+
+from __future__ import annotations
+
+import traceback
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from nbtune.errors import NbtuneError
+from nbtune_widgets import _reports
+from nbtune_widgets._style import notice
+from nbtune_widgets._worker import Worker
+
+if TYPE_CHECKING:
+    from nbtune_widgets.live import LiveRun
+
+
+class After:
+    """Buttons, and under them what they open. The buttons are its driver's, what is opened is the worker's."""
+
+    def __init__(self, run: LiveRun) -> None:
+        self.run = run
+        self._worker: Worker | None = None
+        self._wizard: Any = None
+        self.compare_button = self._button("Compare", "Chat with the base model and this run, side by side")
+        self.vary_button = self._button("Start a variation", "Open the form with the settings of this run")
+        self.compare_button.on_click(lambda _: self._ask("Loading the model …", self._compare))
+        self.vary_button.on_click(lambda _: self._ask("Opening the form …", self._vary))
+        self.told = widgets.HTML()
+        self.opened = widgets.VBox()
+        self.buttons = widgets.HBox(
+            [self.compare_button, self.vary_button, self.told],
+            layout=widgets.Layout(display="none", align_items="center", flex_flow="row wrap"),
+        )
+        self.widget = widgets.VBox([self.buttons, self.opened])
+
+    def offer(self, ended: bool) -> None:
+        """Show the buttons of an ended run."""
+        self.buttons.layout.display = None if ended else "none"
+
+    def close(self) -> None:
+        """End the worker, and the form that was opened."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._wizard is not None:
+            self._wizard.close()
+
+    def _button(self, text: str, tooltip: str) -> widgets.Button:
+        return widgets.Button(description=text, tooltip=tooltip)
+
+    def _ask(self, status: str, work: Any) -> None:
+        if self._worker is None:
+            self._worker = Worker(f"nbtune-after-{self.run.id}", self._say, self._failed)
+        self._worker.ask("after", status, work)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.told.value = f'<span class="nt-soft" role="status" style="margin:0 8px">{escape(text)}</span>'
+
+    def _failed(self, _: str, error: Exception) -> None:
+        text = str(error) if isinstance(error, NbtuneError) else f"{type(error).__name__}\n{error}"
+        where = "".join(traceback.format_exception(error))
+        self.told.value = notice(text, "error") + _reports.folded("Traceback", where)
+
+    def _compare(self) -> None:
+        from nbtune.infer.arena import arena
+
+        url = arena("base", self.run).url  # pyright: ignore[reportArgumentType] - a Run, or what a test has for one
+        link = f'<a href="{url}" target="_blank" rel="noopener">{url}</a>'
+        both = f"The base model and {escape(self.run.name)} answer, side by side, at {link}"
+        self.told.value = f'<div class="nt-problem nt-info">{both}</div>'
+
+    def _vary(self) -> None:
+        from nbtune_widgets.wizard import Wizard
+
+        spec = self.run.spec
+        if self._wizard is not None:
+            self._wizard.close()
+        self._wizard = Wizard(
+            model=spec.model, data=spec.data, method=spec.method, training=spec.training, tracking=spec.tracking
+        )
+        self.opened.children = (self._wizard.widget,)
+        self.told.value = ""
