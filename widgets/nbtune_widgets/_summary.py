@@ -35,6 +35,7 @@ def rows(run: LiveRun) -> list[tuple[str, str]]:
         ("Trainable", _if(summary.get("trainable_parameters"), lambda value: f"{value:,} parameters")),
         ("Folder", str(run.path)),
         ("Failed with", run.error or ""),
+        ("Kept", _reports.kept(run) if run.error else ""),
     ]
     return [(what, text) for what, text in found if text]
 

@@ -42,9 +42,10 @@ class TerminalView:
 
     def _look(self) -> dict[str, Any]:
         progress, losses = self.run.progress(), _losses(self.run)
+        paused = "paused" if self.run.status == "paused" else ""
         return {
             "completed": done(progress),
-            "line": " · ".join(part for part in (progress_line(progress), losses) if part),
+            "line": " · ".join(part for part in (paused, progress_line(progress), losses) if part),
         }
 
     def _conclude(self) -> None:
