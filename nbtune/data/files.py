@@ -70,8 +70,11 @@ def _text(path: Path) -> str:
             raise DataError(
                 "The data is not UTF-8 text", f"{path} begins as {name} does (byte 0x{data[0]:02x}, line 1).", _SAVE_AS
             )
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise DataError("The data is not text", f"{path}, line {line}: byte 0x00 stands in no text.", _SAVE_AS)
     try:
-        text = data.decode("utf-8-sig")  # with or without the mark that Windows programs put first
+        return data.decode("utf-8-sig")  # with or without the mark that Windows programs put first
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -79,10 +82,6 @@ def _text(path: Path) -> str:
             f"{path}, line {line}: byte 0x{data[error.start]:02x} cannot be read.",
             _SAVE_AS,
         ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError("The data is not text", f"{path}, line {line}: byte 0x00 stands in no text.", _SAVE_AS)
-    return text
 
 
 def _json(text: str, where: str) -> list[Row]:
@@ -150,7 +149,9 @@ def _csv(text: str, where: str) -> list[Row]:
             rows.append(row)
     except csv.Error as error:
         raise DataError(
-            "The data is not CSV", f"{where}, line {reader.line_num}: {error}.", "Close every double quote."
+            "The data is not CSV",
+            f"{where}, in the row that begins on line {reader.line_num + 1}: {error}.",
+            "Close every double quote.",
         ) from error
     return rows
 

@@ -216,6 +216,8 @@ class _Renderer:
                     f" ({_tail(prompt)!r} became {_difference(prompt, upto)!r}), so where the answer begins is unclear;"
                     " a template with {% generation %} around the assistant's text would say"
                 )
+        if all(prompt == upto for prompt, upto in turns):
+            raise _Unrenderable("the template does not write what the assistant says")
         whole = turns[-1][1]
         spans = [(len(prompt), self._end(upto)) for prompt, upto in turns]
         if all(whole.startswith(upto) for _, upto in turns):

@@ -16,7 +16,10 @@ from typing import Any
 from nbtune.errors import DataError
 
 _SECONDS = 10  # on the clock, where _try_template.SECONDS of processor time do not end it: a busy machine, Windows
-_LONGEST = 1_000_000  # characters of a template, and of what it may write for a short chat
+_LONGEST = 1_000_000  # characters that it may write of a short chat
+
+_ENDLESS = "A chat of three short messages keeps it busy without end."
+_TOO_MUCH = f"Of a chat of three short messages it writes more than {_LONGEST:,} characters."
 
 _QUESTION = {"role": "user", "content": "question"}
 _CALL = {"type": "function", "function": {"name": "name", "arguments": {"key": "value"}}}
@@ -28,17 +31,19 @@ _CHATS: tuple[dict[str, Any], ...] = (
 )
 
 
-@functools.lru_cache(maxsize=64)
 def require_bounded(template: str) -> None:
     """Raise DataError where a template does not end, or writes much too much, for a short chat. Takes 0.3 s, once."""
-    if len(template) > _LONGEST:
-        raise _unbounded(f"It has {len(template):,} characters.")
-    longest = _tried(template)
-    if longest is None or longest > _LONGEST:
-        raise _unbounded("Of a chat of three short messages it writes more than a million characters.")
+    if why := _unbounded(template):
+        raise DataError(
+            "The chat template does not come to an end",
+            why,
+            "Mend its loops, or name a standard one: model.chat_template.",
+        )
 
 
-def _tried(template: str) -> int | None:
+@functools.lru_cache(maxsize=64)
+def _unbounded(template: str) -> str:
+    """Why a template is not to be used; empty where it may be. Raises DataError where it cannot be tried."""
     import jinja2
 
     chats = [{"bos_token": "<s>", "eos_token": "</s>", **chat} for chat in _CHATS]
@@ -49,22 +54,15 @@ def _tried(template: str) -> int | None:
             [sys.executable, "-I", str(script)],
             input=json.dumps(given), capture_output=True, text=True, encoding="utf-8", timeout=_SECONDS, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise _unbounded("It does not end for a chat of three short messages.") from error
+    except subprocess.TimeoutExpired:
+        return _ENDLESS
     if process.returncode < 0:  # killed: its time was over
-        raise _unbounded("It does not end for a chat of three short messages.")
+        return _ENDLESS
     if process.returncode > 0:
         raise DataError(
             "The chat template could not be tried",
             f"{sys.executable} ended with status {process.returncode}: {process.stderr.strip()[-200:]}",
             "Choose another template, or mend the installation of Python.",
         )
-    return json.loads(process.stdout)
-
-
-def _unbounded(why: str) -> DataError:
-    return DataError(
-        "The chat template does not come to an end",
-        why,
-        "Mend its loops, or set model.chat_template to a standard one.",
-    )
+    longest = json.loads(process.stdout)
+    return "" if longest is not None and longest <= _LONGEST else _TOO_MUCH
