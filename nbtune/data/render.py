@@ -54,11 +54,13 @@ class Example:
         return Example(self.input_ids[:max_length].copy(), self.labels[:max_length].copy())
 
     def fitting(self, max_length: int, *, split: bool) -> list[Example]:
-        """Examples of at most `max_length` tokens: the first of them, or, with `split`, all one after the other."""
+        """Examples of at most `max_length` tokens: the first of them, or, with `split`, all one after the other.
+
+        Each part begins with the last token of the one before, so that every token is predicted once.
+        """
         if not split or len(self) <= max_length:
             return [self.cut(max_length)]
-        starts = range(0, len(self), max_length)
-        parts = [slice(start, start + max_length) for start in starts]
+        parts = [slice(start, start + max_length) for start in range(0, len(self) - 1, max_length - 1)]
         return [Example(self.input_ids[part].copy(), self.labels[part].copy()) for part in parts]
 
 

@@ -155,3 +155,71 @@ def test_empty_answers_are_dropped_and_counted():
     converted = formats.convert(dict(enumerate(rows, 1)), formats.Form("prompt_completion", "", {}))
     assert list(converted.chats) == [2]
     assert converted.left_out == {"empty answer": [1, 3]}
+
+
+# ShareGPT, functions, preference pairs, text
+
+CALL = {"name": "area", "arguments": {"shape": "circle", "radius": None}}
+CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+TOOL = {"name": "area", "description": "Area of a shape", "parameters": {"type": "object"}}
+HUMAN = {"from": "human", "value": "Q"}
+GPT = {"from": "gpt", "value": "A"}
+
+
+def test_sharegpt_with_functions():
+    conversations = [
+        HUMAN,
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": '{"area": 3}'},
+        GPT,
+    ]
+    made = chat({"conversations": conversations, "tools": json.dumps([TOOL]), "system": "Be brief."})
+    assert made.messages == [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        CALLED,
+        {"role": "tool", "content": '{"area": 3}'},
+        ANSWER,
+    ]
+    assert made.tools == [{"type": "function", "function": TOOL}]
+    for nothing in ("[]", "", None, []):
+        assert chat({"conversations": [HUMAN, GPT], "tools": nothing}).tools is None
+
+
+def test_functions_as_openai_writes_them():
+    call = {"id": "1", "type": "function", "function": CALL | {"arguments": json.dumps(CALL["arguments"])}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, ANSWER]
+    made = chat({"messages": messages, "tools": [{"type": "function", "function": TOOL | {"strict": None}}]})
+    assert made.messages[1] == {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": CALL}]}
+    assert made.tools == [{"type": "function", "function": TOOL}]
+    several = {"from": "function_call", "value": json.dumps([CALL, CALL])}
+    assert len(chat({"conversations": [HUMAN, several, GPT]}).messages[1]["tool_calls"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "trained_from", "length"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, 1, 2),
+        ({"question": "Q", "chosen": "A", "rejected": "B"}, 1, 2),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, 1, 2),
+        ({"prompt": "Q", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "B"}]}, 1, 2),
+        ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, USER, ANSWER | {"content": "B"}]}, 3, 4),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, 1, 2),
+        ({"system": "S", "prompt": "Q", "chosen": ANSWER, "rejected": ANSWER}, 2, 3),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, 1, 2),
+    ],
+)
+def test_preference_pairs_train_the_chosen_answer(row, trained_from, length):
+    made = chat(row)
+    assert made.trained_from == trained_from
+    assert len(made.messages) == length
+    assert made.messages[-2:] == [USER, ANSWER]
+    assert "trained on the chosen answers" in formats.detect(row).reason
+
+
+def test_text():
+    made = chat({"text": "Once upon a time", "id": 3})
+    assert made.raw
+    assert made.messages[0]["content"] == "Once upon a time"
+    assert formats.detect(["id", "text"]).reason == "column text: every token is trained"
+    assert formats.convert({1: {"text": " "}}, formats.detect(["text"])).left_out == {"empty answer": [1]}
