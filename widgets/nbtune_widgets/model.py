@@ -67,6 +67,7 @@ class ModelPage:
         for line in lines:
             line.add_class("nt-known")
         replace(self._known, lines)
+        self._form.fields["model.name"].offer(list(self.models))
         self._mark_chosen()
 
     def show(self, info: ModelInfo | None) -> None:
