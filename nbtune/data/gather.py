@@ -34,7 +34,7 @@ def gather(spec: DataSpec, base_dir: Path | None, on_status: Callable[[str], Non
     Raises DataError where one is missing, empty, damaged or of no known form.
     """
     raw, form, converted = _read(spec, 1, base_dir, on_status)
-    found = Gathered(form, raw, {1: spec.source}, Table(dict(enumerate(raw, 1)), {}, {}), {}, [])
+    found = Gathered(form, raw, {1: _name(spec.source)}, Table(dict(enumerate(raw, 1)), {}, {}), {}, [])
     _add(found, converted)
     count = len(raw)
     for place, mixed in enumerate(spec.mix):
@@ -42,19 +42,25 @@ def gather(spec: DataSpec, base_dir: Path | None, on_status: Callable[[str], Non
         raw, _, converted = _read(mixed, start, base_dir, on_status)
         numbers = range(start, start + len(raw))
         found.raw += raw
-        found.starts[start] = mixed.source
+        name = _name(mixed.source)
+        found.starts[start] = name
         found.table.rows |= dict(zip(numbers, raw, strict=True))
         _add(found, converted)
         if mixed.weight is None:
             continue
         wanted = round(mixed.weight * count)
         if wanted > len(raw):
-            found.notes.append(f"{mixed.source} has {len(raw):,} rows of the {wanted:,} that its weight asks for")
+            found.notes.append(f"{name} has {len(raw):,} rows of the {wanted:,} that its weight asks for")
         drawn = set(draw(numbers, wanted, f"nbtune:mix:{spec.seed}:{place}"))
         rest = [number for number in numbers if number not in drawn]
         found.table.drop(rest)
-        found.left_out.setdefault(f"not drawn from {mixed.source}", []).extend(rest)
+        found.left_out.setdefault(f"not drawn from {name}", []).extend(rest)
     return found
+
+
+def _name(source: str) -> str:
+    """A source in few letters: a file without its folders."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _add(found: Gathered, converted: Converted) -> None:

@@ -29,6 +29,7 @@ from nbtune.train.loop import Outcome, train
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap
 from nbtune.train.room import Room, naming_lack_of_memory
+from nbtune.train.samples import Sampler, questions
 from nbtune.train.schedule import Schedule, eval_batches
 from nbtune.train.tracking import MlflowFollower
 
@@ -90,7 +91,11 @@ def _train(
     adapted = _attach(loaded.model, _with_steps(spec, schedule.total_steps))
     room = Room(loaded.model, planned, may_recompute=training.gradient_checkpointing is not False)
     # Blocks are fused or compiled: the compiler does not look into fused ones.
-    with nullcontext() if spec.training.torch_compile else fused(loaded.model) as blocks, _offloaded(loaded, spec):
+    with (
+        naming_lack_of_memory(planned, "activations", "training"),
+        nullcontext() if spec.training.torch_compile else fused(loaded.model) as blocks,
+        _offloaded(loaded, spec),
+    ):
         counts = dict(blocks.counts) if blocks is not None else {}
         on_event(
             {
@@ -98,6 +103,9 @@ def _train(
                 "fused": counts,
                 "loading_peak_bytes": loading_peak,
             }
+        )
+        sampler = Sampler(
+            loaded.model, adapted, questions(training, dataset.eval, loaded.tokenizer), loaded.tokenizer, should_stop
         )
         outcome = train(
             CausalLMLoss(loaded.model, spec.training.label_smoothing_factor),
@@ -109,12 +117,13 @@ def _train(
             compute_dtype=compute_dtype(spec.model.dtype, loaded.device),
             memory=memory,
             room=room,
+            sampler=sampler,
             on_event=on_event,
             should_stop=should_stop,
             should_pause=should_pause,
         )
     on_status("writing the adapter" if adapted is not None else "writing the model")
-    _write_result(path, loaded, adapted)
+    _write_result(path, spec, loaded, adapted)
     return outcome
 
 
@@ -165,7 +174,7 @@ def _start_event(spec: RunSpec, loaded: LoadedModel, dataset: Dataset, schedule:
     }
 
 
-def _write_result(path: Path, loaded: LoadedModel, adapted: PeftModel | None) -> None:
+def _write_result(path: Path, spec: RunSpec, loaded: LoadedModel, adapted: PeftModel | None) -> None:
     """Write `adapter/`, or `model/` after full fine-tuning, in place of what an earlier life of the run left there."""
     target = path / ("adapter" if adapted is not None else "model")
     new, old = path / f".{target.name}.new", path / f".{target.name}.old"
@@ -176,6 +185,7 @@ def _write_result(path: Path, loaded: LoadedModel, adapted: PeftModel | None) ->
             adapted.save_pretrained(folder)
         else:
             loaded.model.save_pretrained(folder)
+        if adapted is None or spec.model.chat_template is not None:  # an adapter is asked as it was trained
             loaded.tokenizer.save_pretrained(folder)
     if target.exists():
         target.rename(old)
