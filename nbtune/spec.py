@@ -215,8 +215,12 @@ class DataSpec(SourceSpec):
 
         `rows` are dicts, a pandas DataFrame or a `datasets.Dataset`. Raises ValueError for anything else.
         """
-        rows = tuple(_rows_of(rows))
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        rows = tuple({str(name): value for name, value in row.items()} for row in _rows_of(rows))
+        try:
+            text = json.dumps(rows, sort_keys=True, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the rows cannot be written as JSON: {error}") from error
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         spec = cls(source=f"memory:{digest}", **settings)
         spec._rows = rows
         return spec
@@ -307,6 +311,17 @@ class TrainingSpec(_Part):
     )
     eval_steps: int = _field(
         20, help="Measure the held-out loss every so many steps; 0 only before and after.", unit="steps", ge=0
+    )
+    eval_samples: int = _field(
+        3,
+        help="Held-out questions that the model answers at each evaluation, to be read beside the charts; 0 for none.",
+        label="Samples",
+        unit="questions",
+        ge=0,
+        le=16,
+    )
+    sample_prompts: list[str] | None = _field(
+        None, help="Questions of your own that it answers at each evaluation too.", advanced=True
     )
     save_steps: int = _field(
         20, help="Write a checkpoint every so many steps; 0 only at the end.", unit="steps", ge=0, advanced=True

@@ -164,7 +164,8 @@ def _reason(form: str, columns: Sequence[str]) -> str:
 
 def _check_text_only(row: Row) -> None:
     for column in _MEDIA:
-        if column in row and not is_null(row[column]) and row[column] not in ("", []):
+        value = parsed(row.get(column))
+        if not is_null(value) and not (isinstance(value, str | list | tuple) and not value):
             raise Unusable(f"it has {column} beside its text, which cannot be trained on yet")
 
 

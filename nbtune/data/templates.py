@@ -64,7 +64,7 @@ def check_template(template: str, tokenizer: PreTrainedTokenizerBase, chat: Chat
         changed.chat_template = chat_template(template)
         rendered = next(render.render_many([chat], changed))
     except DataError as error:
-        return [Finding("renders", error.title, error.message, error.remedy, "error")]
+        return [Finding("renders", error.title, error.message.removeprefix("Row 1: "), error.remedy, "error")]
     except ValueError as error:
         return [Finding("renders", "There is no such chat template", str(error), "", "error")]
     last = rendered[-1]

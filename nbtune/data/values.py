@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ Row = dict[str, Any]
 
 LONGEST = 10_000_000  # characters of one text; tokenising more would take minutes
 
+_NULLS = ("NoneType", "NAType", "NaTType")
 _KINDS = {
     "bool": "true or false",
     "dict": "an object",
@@ -46,7 +48,7 @@ def as_text(value: Any, column: str) -> str:
     """A text or a number, such as the answer 42, as text."""
     if isinstance(value, str):
         return sound(value, f"`{column}`")
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's too
         try:
             return str(value)
         except ValueError as error:  # Python does not write integers of more than 4,300 digits
@@ -82,7 +84,8 @@ def is_list(value: Any) -> bool:
 
 
 def is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes null as NaN
+    """Whether there is no value: None, or what pandas writes for it."""
+    return type(value).__name__ in _NULLS or (isinstance(value, float) and math.isnan(value))
 
 
 def kind(value: Any) -> str:

@@ -224,6 +224,33 @@ def test_objects_that_are_no_rows(make: Callable[[], Any], expected):
         make()
 
 
+def deep() -> list[dict]:
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    return [{"prompt": value}]
+
+
+@pytest.mark.parametrize("rows", [deep(), [{"prompt": {1: "a", "b": "c"}}]], ids=["deep", "names of two kinds"])
+def test_rows_that_cannot_be_written(rows):
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        DataSpec.from_rows(rows)
+
+
+def test_frames_without_names_and_with_the_nulls_of_pandas():
+    with pytest.raises(DataError) as caught:
+        read_rows(RunSpec(data=pandas.DataFrame([["a", "b"]])).data)
+    told(caught.value, "not known", "`0`, `1`")
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "completion": pandas.array([3, None], dtype="Int64")})
+    with pytest.raises(DataError) as caught:
+        read_rows(RunSpec(data=frame).data)
+    told(caught.value, "1 of 2 rows", "`completion` is null (first: row 2)")
+    pictures = [{"messages": MESSAGES, "images": np.zeros(3)}, {"messages": MESSAGES, "images": np.zeros(0)}]
+    with pytest.raises(DataError) as caught:
+        read_rows(DataSpec.from_rows(pictures))
+    told(caught.value, "1 of 2 rows", "it has images")
+
+
 def test_rows_of_a_frame_with_values_that_are_no_text():
     frame = pandas.DataFrame(
         {"prompt": ["a", None, "c"], "completion": [pandas.Timestamp("2026-01-01"), "x", b"bytes"]}
