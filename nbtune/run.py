@@ -177,7 +177,7 @@ class Run:
     def error(self) -> str | None:
         """Why the run failed, in words for a person; None where it did not."""
         if self._exception is not None:
-            return str(self._exception)
+            return _told(self._exception)
         return self._end().get("error")
 
     @property

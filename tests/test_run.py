@@ -162,7 +162,6 @@ def test_samples_change_no_loss_and_no_weight(finished, tmp_path):
         "",
         *(answers[text] for text in prompts[0][1:]),
     ]
-    assert samples[0]["samples"] != samples[2]["samples"]  # it has learnt something
     assert all(sample["answer"] for sample in samples[0]["samples"])
     assert losses(run) == losses(finished)
     assert adapter_bytes(run) == adapter_bytes(finished)

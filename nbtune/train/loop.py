@@ -33,6 +33,7 @@ from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap, used_bytes, wait_for
 from nbtune.train.optim import build_optimizer, learning_rate
 from nbtune.train.room import Room, is_out_of_memory
+from nbtune.train.samples import Sampler
 from nbtune.train.schedule import Schedule
 
 OnEvent = Callable[[Event], None]
@@ -62,6 +63,7 @@ def train(
     on_event: OnEvent,
     should_stop: Callable[[], bool],
     should_pause: Callable[[], bool] = lambda: False,
+    sampler: Sampler | None = None,
 ) -> Outcome:
     """Train what requires gradients in `loss_model`, from the newest checkpoint under `checkpoints` if there is one.
 
@@ -78,6 +80,7 @@ def train(
         on_event: Told what happens; see docs/architecture.md for the events.
         should_stop: Asked before every forward pass. The step in progress is given up: checkpoints are of whole steps.
         should_pause: Asked before every step, and while the loop waits as long as it says yes.
+        sampler: Answers a few questions at each evaluation.
 
     Raises:
         NbtuneError: The loss is no longer a number, or one example is too much for the memory.
@@ -98,9 +101,15 @@ def train(
         start = checkpoint.load(saved[-1], state, optimizer)
     in_precision = functools.partial(precision, loss_model, device.type, compute_dtype)
 
+    def evaluate(step: int) -> None:
+        _evaluate(model, held_out, in_precision, step, on_event)
+        if sampler is not None:
+            with in_precision():
+                _sample(sampler, step, on_event)
+
     loss_model.verify(**_probe(schedule, device))
     if start == 0:
-        _evaluate(model, held_out, in_precision, start, on_event)
+        evaluate(start)
     done, stopped = start, False
 
     @casts_kept()
@@ -188,7 +197,7 @@ def train(
         )
         last = done == total_steps
         if last or (training.eval_steps and done % training.eval_steps == 0):
-            _evaluate(model, held_out, in_precision, done, on_event)
+            evaluate(done)
         if not last and training.save_steps and done % training.save_steps == 0:
             _save(checkpoints, done, state, optimizer, training, on_event)
     _save(checkpoints, done, state, optimizer, training, on_event)
@@ -222,6 +231,21 @@ def _evaluate(
             "eval_loss": loss,
             "eval_mean_token_accuracy": correct / total,
             "seconds": time.perf_counter() - began,
+
+
+def _sample(sampler: Sampler, step: int, on_event: OnEvent) -> None:
+    """Report what the model answers. That it cannot, is no reason to end the training."""
+    began = time.perf_counter()
+    try:
+        samples = sampler.samples()
+    except Exception as error:  # noqa: BLE001 - see above; the warning says it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        on_event({"type": "warning", "message": f"There are no samples at step {step}: {reason}"})
+        return
+    if samples:
+        on_event({"type": "samples", "step": step, "samples": samples, "seconds": time.perf_counter() - began})
+
+
         }
     )
 def _pause(step: int, should_pause: Callable[[], bool], on_event: OnEvent) -> None:
@@ -231,8 +255,6 @@ def _pause(step: int, should_pause: Callable[[], bool], on_event: OnEvent) -> No
     while should_pause():
         time.sleep(PAUSE_SECONDS)
     on_event({"type": "continue", "step": step, "seconds": time.perf_counter() - began})
-
-
 
 
 def _save(

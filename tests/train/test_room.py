@@ -153,7 +153,9 @@ def test_where_one_example_is_too_much_the_largest_part_and_a_remedy_are_named(t
     with pytest.raises(RunError) as error:
         steps(tmp_path, in_the_last_block(lambda *_: False))
     assert "What grew is activations and overhead" in error.value.message
-    weights = sum(parameter.nbytes for parameter in tiny().parameters())
+    model = tiny()
+    get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     assert f"base weights {format_bytes(weights)}, planned 10 B" in error.value.message
     assert "MB, planned 20 B" in error.value.message or "GB, planned 20 B" in error.value.message
     assert "Lower max_length" in error.value.remedy

@@ -69,7 +69,7 @@ def test_a_longer_chat_is_asked_its_first_question(tokenizer):
 
 
 def test_a_row_that_is_all_text_is_given_in_part(tokenizer):
-    ids = torch.tensor(tokenizer("word " * 40)["input_ids"]).int().numpy()
+    ids = torch.tensor(tokenizer(" ".join(["word"] * 40))["input_ids"]).int().numpy()
     (question,) = asked([Example(ids, ids)], tokenizer)
     assert question.ids == ids[:16].tolist()
     assert question.reference.split() == ["word"] * (len(ids) - 16)
