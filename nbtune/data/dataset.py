@@ -98,7 +98,7 @@ def read_rows(
     """
     rows = sort_rows(spec, tokenizer=tokenizer, base_dir=base_dir, on_status=on_status)
     if rows.unusable:
-        raise formats.unusable_error(rows.unusable, len(rows.raw), spec.source)
+        raise formats.unusable_error(rows.unusable, len(rows.raw), spec.source, rows.place)
     if not rows.train and not rows.eval:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in rows.dropped.items())
         raise DataError(

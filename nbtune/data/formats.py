@@ -136,11 +136,13 @@ def convert(rows: Mapping[int, Row], form: Form) -> Converted:
     return converted
 
 
-def unusable_error(unusable: Mapping[str, Sequence[int]], total: int, where: str) -> DataError:
-    """What to say of rows that cannot be used: every reason, its count and its first row."""
+def unusable_error(
+    unusable: Mapping[str, Sequence[int]], total: int, where: str, place: Callable[[int], str] = "row {:,}".format
+) -> DataError:
+    """What to say of rows that cannot be used: every reason, its count and the place of its first row."""
     count = sum(len(numbers) for numbers in unusable.values())
     lines = [
-        f"{len(numbers):,} {'row' if len(numbers) == 1 else 'rows'}: {reason} (first: row {numbers[0]:,})"
+        f"{len(numbers):,} {'row' if len(numbers) == 1 else 'rows'}: {reason} (first: {place(numbers[0])})"
         for reason, numbers in sorted(unusable.items(), key=lambda item: -len(item[1]))
     ]
     if len(lines) > 5:

@@ -40,19 +40,19 @@ def gather(spec: DataSpec, base_dir: Path | None, on_status: Callable[[str], Non
     for place, mixed in enumerate(spec.mix):
         start = len(found.raw) + 1
         raw, _, converted = _read(mixed, start, base_dir, on_status)
-        numbers = range(start, start + len(raw))
-        found.raw += raw
         name = _name(mixed.source)
+        found.raw += raw
         found.starts[start] = name
-        found.table.rows |= dict(zip(numbers, raw, strict=True))
+        found.table.rows |= dict(enumerate(raw, start))
         _add(found, converted)
         if mixed.weight is None:
             continue
         wanted = round(mixed.weight * count)
-        if wanted > len(raw):
-            found.notes.append(f"{name} has {len(raw):,} rows of the {wanted:,} that its weight asks for")
-        drawn = set(draw(numbers, wanted, f"nbtune:mix:{spec.seed}:{place}"))
-        rest = [number for number in numbers if number not in drawn]
+        there = [number for number in found.table.numbers if number >= start]
+        if wanted > len(there):
+            found.notes.append(f"{name} has {len(there):,} rows of the {wanted:,} that its weight asks for")
+        drawn = set(draw(there, wanted, f"nbtune:mix:{spec.seed}:{place}"))
+        rest = [number for number in there if number not in drawn]
         found.table.drop(rest)
         found.left_out.setdefault(f"not drawn from {name}", []).extend(rest)
     return found

@@ -83,7 +83,7 @@ class DataReport:
     @property
     def problem(self) -> DataError | None:
         """What training would raise because of the unusable rows."""
-        return formats.unusable_error(self.unusable, self.total, "The data") if self.unusable else None
+        return formats.unusable_error(self.unusable, self.total, "The data", self.place) if self.unusable else None
 
     def place(self, number: int) -> str:
         """Where a row stands: `row 17`, and of which source if there are several."""

@@ -254,6 +254,19 @@ def test_mixing_by_weight(tmp_path):
     assert found.notes == ["other.json has 300 rows of the 400 that its weight asks for"]
 
 
+def test_what_is_wrong_in_a_mixed_source_is_told_with_its_place(tmp_path):
+    other = [*rows(8), {"prompt": "Q", "completion": " "}, {"prompt": "Q", "completion": None}]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)))
+    spec = DataSpec.from_rows(rows(5), mix=[{"source": "other.jsonl"}], eval_fraction=0)
+    with pytest.raises(DataError, match=r"1 of 15 rows(.|\n)*first: row 10 of other\.jsonl"):
+        read_rows(spec, base_dir=tmp_path)
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other[:-1])))
+    few = DataSpec.from_rows(rows(5), mix=[{"source": "other.jsonl", "weight": 0.4}], eval_fraction=0)
+    found = read_rows(few, base_dir=tmp_path)
+    assert found.dropped == {"empty answer": 1, "not drawn from other.jsonl": 6}
+    assert len(found.train) == 7
+
+
 def test_mixing_stdlib_docs_in():
     found = read_rows(DataSpec.from_rows(rows(50), mix=[{"source": "stdlib-docs", "weight": 0.2}], eval_fraction=0))
     assert len(found.train) == 60
