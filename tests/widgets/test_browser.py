@@ -26,7 +26,7 @@ def await_text(notebook, text, seconds=60):
 def await_worker(notebook, seconds=240):
     """Until the wizard's status line has been empty for half a second."""
     notebook.page.wait_for_timeout(500)
-    busy = "() => document.querySelectorAll('.nbtune [role=status].nt-soft').length == 0"
+    busy = "() => document.querySelectorAll('.nbtune .nt-working').length == 0"
     notebook.page.wait_for_function(busy, timeout=seconds * 1000)
     notebook.page.wait_for_timeout(500)
 

@@ -93,7 +93,9 @@ class Frame:
 
     def say(self, text: str) -> None:
         """Say what is being done."""
-        self.status.value = f'<div class="nt-soft nt-small" role="status">{escape(text)}</div>' if text else ""
+        self.status.value = (
+            f'<div class="nt-working nt-soft nt-small" role="status">{escape(text)}</div>' if text else ""
+        )
 
     def complain(self, texts: Collection[str]) -> None:
         """Show what went wrong."""

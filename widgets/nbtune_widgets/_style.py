@@ -118,6 +118,7 @@ CSS = """
 .nbtune button.jupyter-button.nt-chipped.nt-on{background:var(--nt-tint);border-color:var(--nt-blue);
  color:var(--nt-blue)}
 .nbtune .nt-wide button.jupyter-button.nt-method{width:208px}
+.nbtune .nt-precisions button.jupyter-button.nt-method{width:176px}
 .nbtune button.jupyter-button.nt-method.nt-fits{border-left:3px solid var(--nt-green)}
 .nbtune button.jupyter-button.nt-method.nt-tight{border-left:3px solid var(--nt-amber)}
 .nbtune button.jupyter-button.nt-method.nt-no{border-left:3px solid var(--nt-red)}

@@ -36,6 +36,7 @@ class ModelPage:
         self._form = form
         self._host = host
         self._info: ModelInfo | None = None
+        self._available: int | None = None  # bytes, one figure for all precisions
         self.models: dict[str, widgets.Button] = {}
         self._known = widgets.VBox()
         self.facts = widgets.HTML(layout=widgets.Layout(flex="1 1 330px", min_width="0"))
@@ -45,6 +46,7 @@ class ModelPage:
             button.on_click(host.act(lambda name=name: self.choose_precision(name)))
         heading = widgets.HTML('<div class="nt-heading">Precision of the base weights, and what a run takes</div>')
         cards = widgets.HBox(list(self.precisions.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        cards.add_class("nt-precisions")
         self._precision = widgets.VBox([heading, cards], layout=widgets.Layout(flex="1 1 420px", min_width="0"))
         below = widgets.HBox([self.facts, self._precision], layout=widgets.Layout(flex_flow="row wrap"))
         below.add_class("nt-columns")
@@ -92,6 +94,7 @@ class ModelPage:
         from nbtune.models import compute_dtype, default_device
 
         self._mark_chosen()
+        self._available = None
         info = self._info
         if info is None:
             return
@@ -109,9 +112,25 @@ class ModelPage:
             self._host.ask(
                 f"precision {name}",
                 "Planning the other precisions …",
-                lambda other=other, button=button, name=name, weights=weights: _plan(other, button, name, weights),
+                lambda other=other, name=name, weights=weights: self._plan(other, name, weights),
                 idle=True,
             )
+
+    def _plan(self, spec: RunSpec, name: str, weights: int) -> None:
+        """Say on the card what a run would take and whether it fits."""
+        from nbtune.plan import plan
+
+        button = self.precisions[name]
+        try:
+            planned = plan(spec, available_bytes=self._available)
+        except NbtuneError as error:  # the method does not suit the model; said at its field
+            _describe(button, name, weights, run=error.title)
+            return
+        self._available = planned.available_bytes
+        kind, text = _cards.fit(planned)
+        _describe(button, name, weights, f"a run {_cards.size(planned.peak_bytes)}", text)
+        for other in ("fits", "tight", "no"):
+            set_class(button, f"nt-{other}", on=other == kind)
 
     def _model_button(self, name: str, hint: str) -> widgets.Button:
         short = name.rsplit("/", 1)[-1] if name.startswith(".") else name
@@ -138,18 +157,3 @@ def _bytes_of(spec: RunSpec, device: Any) -> tuple[str, float | None]:
 def _describe(button: widgets.Button, name: str, weights: int, run: str = "", fit: str = "") -> None:
     lines = [name, f"weights {_cards.size(weights)}", run or "a run: …", fit]
     button.description = "\n".join(line for line in lines if line)
-
-
-def _plan(spec: RunSpec, button: widgets.Button, name: str, weights: int) -> None:
-    """Say on the card what a run would take and whether it fits."""
-    from nbtune.plan import plan
-
-    try:
-        planned = plan(spec)
-    except NbtuneError as error:  # the method does not suit the model; said at its field
-        _describe(button, name, weights, run=error.title)
-        return
-    kind, text = _cards.fit(planned)
-    _describe(button, name, weights, f"a run {_cards.size(planned.peak_bytes)}", text)
-    for other in ("fits", "tight", "no"):
-        set_class(button, f"nt-{other}", on=other == kind)
