@@ -17,7 +17,6 @@ from nbtune_widgets import _lengths, _offers, _tokens
 from nbtune_widgets._page import Host
 from nbtune_widgets.data import DataPage
 from nbtune_widgets.mapping import TEXT
-from nbtune_widgets.preview import READ, SOURCE
 from nbtune_widgets.specform import SpecForm
 
 ROWS = [{"instruction": f"Say <b>{n}</b>.", "input": "", "output": f"It is {n}."} for n in range(1, 41)]
@@ -120,10 +119,10 @@ def test_rows_are_walked_in_the_order_of_the_source(bench):
 
 
 def test_a_row_as_it_is_in_the_source(bench):
-    bench.page.preview.view.value = SOURCE
+    bench.page.preview.raw.value = True
     bench.page.preview.number.value = 7
     assert json.loads(plain(bench.page.preview.text.value)) == ROWS[6]
-    bench.page.preview.view.value = READ
+    bench.page.preview.raw.value = False
     assert "It is 7." in plain(bench.page.preview.text.value)
 
 
@@ -306,7 +305,7 @@ def test_a_template_is_tried_on_the_row_before_it_is_used(bench):
     template = bench.page.template
     bench.page.preview.number.value = 5
     assert template.use.disabled
-    changed = template.text.value.replace("'<|im_start|>'", "'<|im_start|>the '")
+    changed = template.text.value.replace("<|im_start|>", "<|im_start|>the ")
     assert changed != template.text.value
     template.text.value = changed
     assert "<|im_start|>the user" in plain(template.trial.value)
@@ -315,7 +314,7 @@ def test_a_template_is_tried_on_the_row_before_it_is_used(bench):
     template.text.value = "{% for message in messages %}{{ message.content }"
     assert "✗" in template.trial.value
     template.undo.click()
-    assert template.trial.value == ""
+    assert plain(template.trial.value).startswith("Change the text")
     template.text.value = changed
     template.use.click()
     assert bench.spec.model.chat_template == changed
@@ -419,22 +418,47 @@ def test_what_holds_all_rows():
     assert _lengths.longer_than(np.array([100]), 512) == 512
 
 
+@pytest.fixture
+def samples():
+    folder = os.environ.get("NBTUNE_SAMPLE_DATA")
+    if not folder:
+        pytest.skip("NBTUNE_SAMPLE_DATA is not set")
+    return Path(folder)
+
+
+@pytest.mark.sample_data
+def test_function_calls_that_the_models_template_does_not_write(samples):
+    bench = Bench(data=str(samples / "glaive_toolcall_en_demo.json"))
+    assert "does not write function calls" in bench.error.message
+    assert bench.page.doors.buttons["chat template"].value
+    (warning,) = bench.page.warnings.children
+    warning.children[1].click()
+    assert bench.error is None
+    assert bench.spec.model.chat_template == "chatml"
+    assert "300 rows" in plain(bench.page.facts.value)
+    assert "sharegpt: columns conversations, tools" in plain(bench.page.facts.value)
+    called = (
+        '<tool_call>\n{"name": "search_recipes", "arguments": {"ingredients": ["chicken", "bell peppers", "rice"]}}'
+    )
+    assert called in plain(bench.page.preview.text.value).replace("↵", "")
+    trained = "".join(re.findall(r'<span class="nt-t1">(.*?)</span>', bench.page.preview.text.value, re.DOTALL))
+    assert called in plain(trained).replace("↵", "")
+    assert "Chicken and Bell Pepper Stir Fry" in plain(trained)  # said by the assistant after the call
+    assert "Slice the bell peppers. Cook the rice. Stir fry" in plain(bench.page.preview.text.value)
+
+
 @pytest.mark.sample_data
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
         ("alpaca_en_demo.json", "alpaca: columns instruction, input, output"),
-        ("glaive_toolcall_en_demo.json", "sharegpt: columns conversations, tools"),
         ("dpo_en_demo.json", "preference"),
         ("c4_demo.jsonl", "text"),
         ("wiki_demo.txt", "text"),
     ],
 )
-def test_samples(name, facts):
-    folder = os.environ.get("NBTUNE_SAMPLE_DATA")
-    if not folder:
-        pytest.skip("NBTUNE_SAMPLE_DATA is not set")
-    bench = Bench(data=str(Path(folder) / name))
+def test_samples(samples, name, facts):
+    bench = Bench(data=str(samples / name))
     assert bench.error is None
     assert facts in plain(bench.page.facts.value)
     assert bench.page.report.kept == len(set(bench.page.report.numbers.tolist())) > 0

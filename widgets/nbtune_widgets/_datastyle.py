@@ -17,7 +17,7 @@ CSS = """
 .nbtune .nt-part{display:block;font:11px/1.4 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--nt-soft);
  border-top:1px solid var(--nt-line);margin:8px 0 4px;padding-top:2px}
 .nbtune .nt-lengths{padding:2px 0 0}
-.nbtune .nt-bars{position:relative;display:flex;align-items:flex-end;gap:1px;height:104px;
+.nbtune .nt-bars{position:relative;display:flex;align-items:flex-end;gap:1px;height:128px;
  border-bottom:1px solid var(--nt-line)}
 .nbtune .nt-bars i{flex:1 1 0;background:var(--nt-blue);opacity:.55;border-radius:2px 2px 0 0}
 .nbtune .nt-bars i:hover{opacity:.9}
@@ -30,10 +30,15 @@ CSS = """
 .nbtune .nt-named{font-size:14px;font-weight:600;color:var(--nt-ink);overflow-wrap:anywhere}
 .nbtune .nt-chips{display:flex;flex-wrap:wrap;gap:4px 6px;align-items:center;padding:4px 0}
 .nbtune .nt-chips .nt-chip{white-space:normal}
-.nbtune .nt-look{gap:2px 6px;align-items:center}
+.nbtune .nt-look{gap:2px 6px;align-items:center;min-height:28px}
 .nbtune .nt-look button.jupyter-button{height:26px;line-height:24px;padding:0 10px;font-size:13px;margin:0}
 .nbtune .nt-look input{height:26px}
+.nbtune .nt-look button.jupyter-button.widget-toggle-button{margin-left:auto;font-size:12px}
+.nbtune .nt-look .mod-active,.nbtune .nt-line button.jupyter-button.mod-active{background:var(--nt-tint);
+ color:var(--nt-blue);box-shadow:none}
+.nbtune .nt-line .widget-label{color:var(--nt-ink);font-weight:600;font-size:13px;text-align:left}
 .nbtune .nt-sources{gap:0 4px;align-items:center;min-height:28px}
+.nbtune .nt-sources .nt-of{margin-left:10px}
 .nbtune .nt-sources button.jupyter-button{height:24px;line-height:22px;font-size:12px;padding:0 10px;border-radius:12px;
  margin:1px 0}
 .nbtune .nt-sources button.jupyter-button.nt-on{border-color:var(--nt-blue);color:var(--nt-blue);

@@ -25,15 +25,16 @@ def histogram(lengths: npt.NDArray[np.int32], max_length: int) -> str:
             edges[:-1], edges[1:], counts, [False] * (len(counts) - 1) + [True], strict=True
         )
     )
+    half = f"half under {np.median(lengths):,.0f}"
     told = (
         f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''} of {lengths.min():,} to {lengths.max():,} tokens, "
-        f"half of them under {np.median(lengths):,.0f}; cut at {max_length:,}"
+        f"{half}; cut at {max_length:,}"
     )
     last = f"{edges[-1]:,}" + (f" … {lengths.max():,}" if beyond else "")
     return (
         f'<div class="nt-lengths" role="img" aria-label="{told}" title="{told}"><div class="nt-bars">{bars}'
         f"{_line(edges, max_length)}</div>"
-        f'<div class="nt-axis"><span>{edges[0]:,}</span><span>{last}</span></div></div>'
+        f'<div class="nt-axis"><span>{edges[0]:,}</span><span>{half}</span><span>{last}</span></div></div>'
     )
 
 
@@ -45,7 +46,8 @@ def longer_than(lengths: npt.NDArray[np.int32], max_length: int) -> int:
 def _edges(lengths: npt.NDArray[np.int32], max_length: int) -> npt.NDArray[np.int64]:
     """Borders of the bars, round numbers. A few very long examples do not press all others into one bar."""
     low, most = int(lengths.min()), int(lengths.max())
-    high = min(most, max(int(1.3 * np.percentile(lengths, 99)), int(1.25 * max_length) if most > max_length else 0))
+    high = max(int(1.3 * np.percentile(lengths, 99)), int(1.25 * max_length) if most > max_length else 0)
+    high = most if most <= 1.3 * high else high
     width = _round_up((high - low + 1) / BARS)
     first = low // width * width
     bars = -(-(high + 1 - first) // width)

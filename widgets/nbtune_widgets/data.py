@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from nbtune.chat_templates import chat_template
 from nbtune.errors import DataError
 from nbtune.spec import RunSpec
 from nbtune_widgets import _datastyle, _dropped, _lengths
@@ -19,7 +21,7 @@ from nbtune_widgets.preview import RowPreview
 from nbtune_widgets.recipe import MixEditor, RecipeEditor
 from nbtune_widgets.source import SourcePicker
 from nbtune_widgets.specform import SpecForm
-from nbtune_widgets.template import TemplateEditor
+from nbtune_widgets.template import TEMPLATE, TemplateEditor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from nbtune.data.report import DataReport
 
 LENGTH, RECIPE = "training.max_length", "data.recipe"
+CHATML = "chatml"  # the standard template that writes function calls
 
 
 class DataPage:
@@ -53,10 +56,10 @@ class DataPage:
             },
             host,
         )
-        left = widgets.VBox(
-            [self.preview.widget, self.warnings, self.dropped], layout=widgets.Layout(flex="3 1 460px", min_width="0")
+        left = widgets.VBox([self.preview.widget], layout=widgets.Layout(flex="3 1 440px", min_width="0"))
+        right = widgets.VBox(
+            [self.lengths, self.warnings, self.dropped], layout=widgets.Layout(flex="2 1 280px", min_width="0")
         )
-        right = widgets.VBox([self.lengths], layout=widgets.Layout(flex="2 1 250px", min_width="0"))
         columns = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
         columns.add_class("nt-columns")
         settings = form.groups["data"].widget
@@ -126,7 +129,27 @@ class DataPage:
             return
         form = spec.data.format if spec.data.format != "auto" else "prompt_completion"
         self.mapping.show(spec.data, columns, form, spec.data.columns or {})
-        self.doors.open("chat template" if _has_form(spec, columns) else "columns")
+        if not _has_form(spec, columns):
+            self.doors.open("columns")
+        elif spec.model.chat_template != CHATML and self._is_shown_by(CHATML, spec):
+            use = self._host.button(f"use {CHATML}", lambda: self._host.change({TEMPLATE: CHATML}, "chat template"))
+            replace(
+                self.warnings, [_warning("The model's chat template cannot show these rows.", "Another can.", [use])]
+            )
+            self.doors.open("chat template")
+
+    def _is_shown_by(self, template: str, spec: RunSpec) -> bool:
+        """Whether the rows can be used with a standard template."""
+        from nbtune.data.report import report
+
+        tokenizer = copy.copy(self._tokenizer)
+        assert tokenizer is not None
+        tokenizer.chat_template = chat_template(template)
+        try:
+            report(spec.data, tokenizer, spec.training.max_length, on_status=self._host.say)
+        except DataError:
+            return False
+        return True
 
     def _columns(self, spec: RunSpec) -> dict[str, str]:
         from nbtune.data.report import read_columns

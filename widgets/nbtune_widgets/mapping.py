@@ -49,11 +49,15 @@ class MappingEditor:
         shown = (form, dict(columns), dict(mapping), spec.columns)
         if shown == self._shown:
             return
+        same_columns = list(columns) == list(self._columns)
         self._shown, self._columns = shown, columns
-        self._filling = True
-        self.form.value = form
-        self._make_lines(mapping or {name: name for name in columns})
-        self._filling = False
+        made_of = mapping or {name: name for name in columns}
+        lines = {name: line.value for name, line in self.parts.items()}
+        if not same_columns or form != self.form.value or any(made_of.get(n, "") != v for n, v in lines.items()):
+            self._filling = True
+            self.form.value = form
+            self._make_lines(made_of)
+            self._filling = False
         self.as_found.disabled = spec.columns is None and spec.format == "auto"
         self._say_missing()
 
@@ -69,7 +73,7 @@ class MappingEditor:
     def _make_lines(self, made_of: Mapping[str, str]) -> None:
         from nbtune.data.formats import parts
 
-        needed, optional = parts(self.form.value)
+        needed, optional = parts(str(self.form.value))
         self.parts = {
             name: PartLine(name, self._columns, made_of.get(name, ""), needed=name in needed)
             for name in (*needed, *optional)
@@ -118,7 +122,7 @@ class PartLine:
 
     @property
     def value(self) -> str:
-        return self.text.value if self.column.value == TEXT else self.column.value
+        return self.text.value if self.column.value == TEXT else str(self.column.value)
 
     def _changed(self, change: Any) -> None:
         self._show()
@@ -126,5 +130,5 @@ class PartLine:
 
     def _show(self) -> None:
         self.text.layout.display = None if self.column.value == TEXT else "none"
-        example = self._columns.get(self.column.value, "")
+        example = self._columns.get(str(self.column.value), "")
         self.example.value = f'<span class="nt-help">{escape(example)}</span>'

@@ -20,7 +20,6 @@ from nbtune_widgets._page import Host
 if TYPE_CHECKING:
     from nbtune.data.report import DataReport
 
-READ, SOURCE = "as the model reads it", "as it is in the source"
 AT_ONCE = 20_000  # tokens that are read again within a click
 SHOWN = 8_000  # characters of a row as it is in the source
 
@@ -35,24 +34,19 @@ class RowPreview:
         self._held_out: set[int] = set()
         self._showing = False
         self.text = widgets.HTML()
-        self.note = widgets.HTML(layout=widgets.Layout(flex="1 1 200px", min_width="0"))
+        self.note = widgets.HTML()
         self.number = widgets.BoundedIntText(
             description="row", value=1, min=1, max=1, layout=widgets.Layout(width="104px"),
             style={"description_width": "28px"}, tooltip="Its number in the source")  # fmt: skip
         self.of = widgets.HTML()
         self.back = host.button("‹", lambda: self.step(-1), "The row before that is used")
         self.next = host.button("›", lambda: self.step(1), "The next row that is used")
-        self.view = widgets.ToggleButtons(options=[READ, SOURCE], style={"button_width": "auto"})
-        self.view.add_class("nt-tabs")
+        self.raw = widgets.ToggleButton(description="as in the source", tooltip="The row as it was read")
         self.number.observe(host.act(self._draw), names="value")
-        self.view.observe(host.act(self._draw), names="value")
-        look = widgets.HBox(
-            [self.number, self.of, self.back, self.next, self.note, self.view],
-            layout=widgets.Layout(flex_flow="row wrap"),
-        )
-        look.add_class("nt-look")
-        legend = widgets.HTML(f'<div class="nt-small">{_tokens.LEGEND}</div>')
-        self.widget = widgets.VBox([self.text, legend, look])
+        self.raw.observe(host.act(self._draw), names="value")
+        legend = widgets.HTML(f'<div class="nt-small">{_tokens.LEGEND}</div>', layout=widgets.Layout(flex="1 1 auto"))
+        below = [_line([legend, self.note]), _line([self.number, self.of, self.back, self.next, self.raw])]
+        self.widget = widgets.VBox([self.text, *below])
         self.close()
 
     def close(self) -> None:
@@ -88,9 +82,9 @@ class RowPreview:
             return
         number = self.number.value
         examples = np.flatnonzero(report.numbers == number).tolist()
-        if self.view.value == SOURCE or not examples:
+        if self.raw.value or not examples:
             self.text.value = _raw(report.raw(number))
-            self.note.value = _said(_why_not(report, number) if not examples else "")
+            self.note.value = "" if examples else _said(_why_not(report, number))
             return
         if report.lengths[examples].sum() > AT_ONCE:
             self._host.ask("row", "Reading the row …", lambda: self._read(report, number, examples))
@@ -113,6 +107,12 @@ class RowPreview:
         self.text.value = f'<div class="nt-tokens" tabindex="0" aria-label="Row {number}">{"".join(parts)}</div>'
         use = "held out" if number in self._held_out else "trained on"
         self.note.value = _said(f"{use} · {tokens:,} tokens, {learnt:,} with loss")
+
+
+def _line(children: list[widgets.DOMWidget]) -> widgets.HBox:
+    line = widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap"))
+    line.add_class("nt-look")
+    return line
 
 
 def _why_not(report: DataReport, number: int) -> str:

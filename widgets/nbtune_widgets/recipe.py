@@ -36,7 +36,7 @@ class RecipeEditor:
         self.kind = widgets.Dropdown(
             description="Add a step", options=[(_words(cls), name) for name, cls in STEPS.items()],
             style={"description_width": "80px"}, layout=widgets.Layout(width="min(560px, 80%)"))  # fmt: skip
-        self.add_button = host.button("Add", lambda: self.add(self.kind.value))
+        self.add_button = host.button("Add", lambda: self.add(str(self.kind.value)))
         adding = widgets.HBox([self.kind, self.add_button], layout=widgets.Layout(flex_flow="row wrap"))
         adding.add_class("nt-line")
         self.widget = widgets.VBox([self.lines.widget, adding])
@@ -46,10 +46,7 @@ class RecipeEditor:
         self._given = list(spec.recipe)
         if self.lines.values != self._given:
             made = [Line(type(step), step.model_dump(), self._host) for step in spec.recipe]
-            opened = [line.edit.value for line in self.lines.lines]
             self.lines.fill(made)
-            for line, is_open in zip(made, opened, strict=False):
-                line.edit.value = is_open and len(opened) == len(made)
         left = list(reports)
         for place, line in enumerate(self.lines.lines, start=1):
             step = line.value

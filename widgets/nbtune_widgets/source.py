@@ -11,7 +11,8 @@ from nbtune.errors import DataError
 from nbtune.spec import DataSpec, RunSpec
 from nbtune_widgets._frame import set_class
 from nbtune_widgets._offers import data_files, tables
-from nbtune_widgets._page import Host, replace
+from nbtune_widgets._page import Host
+from nbtune_widgets.live import dispose
 from nbtune_widgets.specform import SOURCE, SpecForm
 
 BUTTONS = 6  # of files, and of tables; the line completes the others
@@ -28,16 +29,16 @@ class SourcePicker:
         self._names: dict[str, str] = {}  # source of rows in memory -> what a person calls them
         self.offered: list[str] = []  # what the line completes
         self.buttons: dict[str, widgets.Button] = {}  # by source, or by the name of a table
-        self._offers = widgets.VBox()
+        self._offers = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        self._offers.add_class("nt-sources")
         self.paste = widgets.Textarea(
             placeholder='Rows to paste: JSON, JSON lines, CSV with a line of column names, or plain text',
             rows=6, layout=widgets.Layout(width="auto"), continuous_update=False)  # fmt: skip
         self.use = host.button("Use these rows", self.use_pasted)
+        self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
         self._pasting = widgets.VBox([self.paste, self.use], layout=widgets.Layout(display="none"))
         self._pasting.add_class("nt-panel")
-        self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
-        elsewhere = _line("Elsewhere", [self.open_paste])
-        self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, elsewhere, self._pasting])
+        self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, self._pasting])
 
     def refresh(self, spec: RunSpec) -> None:
         """Look again at what there is to choose from. Called on the worker's thread."""
@@ -54,15 +55,18 @@ class SourcePicker:
     def _offer(self, files: list[str], found: dict[str, int]) -> None:
         self.offered = ["stdlib-docs", *files]
         self._form.fields[SOURCE].offer(self.offered)
-        lines = {
+        groups = {
             "Built in": {"stdlib-docs": self._file_button("stdlib-docs")},
-            "In this folder": {name: self._file_button(name) for name in _worth_a_button(files)},
-            "In this notebook": {
+            "in this folder": {name: self._file_button(name) for name in _worth_a_button(files)},
+            "in this notebook": {
                 name: self._table_button(name, count) for name, count in list(found.items())[:BUTTONS]
             },
         }
-        self.buttons = {name: button for buttons in lines.values() for name, button in buttons.items()}
-        replace(self._offers, [_line(title, list(buttons.values())) for title, buttons in lines.items() if buttons])
+        self.buttons = {name: button for buttons in groups.values() for name, button in buttons.items()}
+        shown = [[_title(title), *buttons.values()] for title, buttons in groups.items() if buttons]
+        former = [part for part in self._offers.children if part is not self.open_paste]
+        self._offers.children = [*(part for group in shown for part in group), self.open_paste]
+        dispose(*former)
 
     @property
     def label(self) -> str:
@@ -122,8 +126,7 @@ def _worth_a_button(files: list[str]) -> list[str]:
     return sorted(here, key=lambda name: name.count("/"))[:BUTTONS]
 
 
-def _line(title: str, buttons: list[widgets.Button]) -> widgets.HBox:
-    head = widgets.HTML(f'<span class="nt-soft nt-small">{title}</span>', layout=widgets.Layout(width="128px"))
-    line = widgets.HBox([head, *buttons], layout=widgets.Layout(flex_flow="row wrap"))
-    line.add_class("nt-sources")
-    return line
+def _title(text: str) -> widgets.HTML:
+    first = text == "Built in"
+    html = f'<span class="nt-soft nt-small{"" if first else " nt-of"}">{text}</span>'
+    return widgets.HTML(html, layout=widgets.Layout(width="132px" if first else "auto"))

@@ -31,6 +31,9 @@ _FAMILIES = {
 }  # fmt: skip
 
 
+_HINT = '<div class="nt-help">Change the text: the row above is written here with it as you type.</div>'
+
+
 class TemplateEditor:
     """Which template writes the chats, whether it is sound, and a text to change with its effect beside it.
 
@@ -107,7 +110,7 @@ class TemplateEditor:
         if changed and self.text.value.strip():
             self._host.ask("template", "Trying the template …", self._try)
         else:
-            self.trial.value = ""
+            self.trial.value = _HINT
 
     def _try(self) -> None:
         text = self.text.value
