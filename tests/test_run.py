@@ -15,6 +15,8 @@ from nbtune.errors import NbtuneError, RunError
 from nbtune.models import load
 from nbtune.run import Run, runs
 from nbtune.spec import ModelSpec, RunSpec
+from nbtune.train import session
+from nbtune.train.samples import Sampler
 
 ROWS = [
     {"instruction": f"Say the number {n} in English.", "output": word}
@@ -172,7 +174,7 @@ def test_samples_of_a_model_that_cannot_generate_are_a_warning(tmp_path, monkeyp
     def broken(*args):
         raise NotImplementedError("no cache")
 
-    monkeypatch.setattr(sys.modules["nbtune.train.samples"].Sampler, "_generate", broken)
+    monkeypatch.setattr(Sampler, "_generate", broken)
     run = nt.train(spec(eval_samples=1, max_steps=1), runs_dir=tmp_path).wait()
     assert run.status == "finished"
     warnings = [event["message"] for event in run.events() if event["type"] == "warning"]
@@ -249,7 +251,7 @@ def test_a_failure_in_the_thread_is_kept_shown_and_raised(tmp_path, monkeypatch)
     def broken(*args, **kwargs):
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(sys.modules["nbtune.train.session"], "load", broken)
+    monkeypatch.setattr(session, "load", broken)
     run = nt.train(spec(), runs_dir=tmp_path)
     with pytest.raises(RuntimeError, match="on fire"):
         run.wait()
@@ -290,7 +292,7 @@ def test_memory_that_runs_out_while_loading_says_so(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(sys.modules["nbtune.train.session"], "load", broken)
+    monkeypatch.setattr(session, "load", broken)
     run = nt.train(spec(), runs_dir=tmp_path)
     with pytest.raises(RunError) as error:
         run.wait()

@@ -290,6 +290,27 @@ def test_view_controls(make):
     assert view.pushes == pushes + 1
 
 
+def test_a_card_that_was_drawn_again_keeps_its_charts_when_the_run_has_ended(make):
+    """After a reload JupyterLab no longer knows the display handles of the places that are kept."""
+    view = make(steps=30, seconds=0.001)
+    view.kept = [Handle(), Handle()]
+    view.widget._view_count = 1
+    view.pump()
+    assert view.charts.outputs == ()
+    assert charts.PLOTLY in view.kept[0].content
+    view.widget._view_count = 2
+    until(lambda: view.charts.outputs)
+    assert shown(view)["data"][0]["x"][-1] == 30
+
+
+class Handle:
+    """As IPython's display handle."""
+
+    def update(self, content, raw):
+        assert raw
+        self.content = content
+
+
 def test_the_window_says_what_it_is(make):
     view = make(steps=5, begin=False)
     assert (view.window.index, view.window.label, view.view.window) == (0, "all steps", None)

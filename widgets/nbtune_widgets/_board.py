@@ -11,6 +11,7 @@ from nbtune_widgets import charts
 from nbtune_widgets._style import chip, style
 
 _WRAP = {"align_items": "center", "width": "100%", "flex_flow": "row wrap"}
+_RIGHT = {"align_items": "center", "margin": "0 0 0 auto"}  # also where it comes to stand in a second line
 
 
 class Board:
@@ -26,7 +27,7 @@ class Board:
         grow = widgets.Layout(flex="1 1 auto", min_width="0")
         self.header = widgets.HTML(layout=grow)
         self.name_it(name, title, setting)
-        self.status = widgets.HTML(layout=widgets.Layout(flex="0 1 auto", margin="0 0 0 auto"))
+        self.status = widgets.HTML(layout=widgets.Layout(flex="0 1 auto"))
         self.pause_button = widgets.Button(description="Pause", tooltip="Wait after this step; memory stays in use")
         self.stop_button = widgets.Button(description="Stop", tooltip="End after this step; the run can be resumed")
         self.resume_button = widgets.Button(description="Resume", tooltip="Go on from where it is")
@@ -36,17 +37,17 @@ class Board:
         self.bar.add_class("nt-bar")
         self.notice = widgets.HTML(layout=widgets.Layout(display="none"))
         self.charts = widgets.Output(layout=widgets.Layout(width="100%"))
-        buttons = [self.pause_button, self.stop_button, self.resume_button]
-        top = widgets.HBox([self.header, self.status, *buttons], layout=widgets.Layout(**_WRAP))
+        right = widgets.HBox(
+            [self.status, self.pause_button, self.resume_button, self.stop_button], layout=widgets.Layout(**_RIGHT)
+        )
+        top = widgets.HBox([self.header, right], layout=widgets.Layout(**_WRAP))
         self.folds = {
             "samples": Fold("samples", "What the model answers at each evaluation"),
             "log": Fold("log", "The last lines of the run's log"),
             "spec": Fold("spec", "Exactly what this run was told"),
         }
-        toggles = [fold.toggle for fold in self.folds.values()]
-        self.controls = widgets.HBox(
-            [*self._view_controls(), widgets.HBox(layout=grow), *toggles], layout=widgets.Layout(**_WRAP)
-        )
+        toggles = widgets.HBox([fold.toggle for fold in self.folds.values()], layout=widgets.Layout(**_RIGHT))
+        self.controls = widgets.HBox([*self._view_controls(), toggles], layout=widgets.Layout(**_WRAP))
         self.controls.add_class("nt-controls")
         unfolded = [fold.content for fold in self.folds.values()]
         self.widget = widgets.VBox([style(), top, self.bar, self.notice, self.charts, self.controls, *unfolded])
@@ -79,10 +80,10 @@ class Board:
         narrow = {"description_width": "initial"}
         self.window = widgets.Dropdown(  # all is 0: a Dropdown takes None for "nothing is chosen" and shows nothing
             options=[("all steps", 0), ("last 50", 50), ("last 200", 200), ("last 1,000", 1000)],
-            description="window", style=narrow, layout=widgets.Layout(width="145px"))  # fmt: skip
+            description="window", style=narrow, layout=widgets.Layout(width="136px"))  # fmt: skip
         self.smoothing = widgets.FloatSlider(
             value=charts.View.smoothing, min=0, max=0.99, step=0.01, description="smoothing", continuous_update=False,
-            style=narrow, layout=widgets.Layout(width="170px"))  # fmt: skip
+            style=narrow, layout=widgets.Layout(width="160px"))  # fmt: skip
         self.log_scale, self.freeze = (_check_box(name) for name in ("log scale", "freeze"))
         self.freeze.tooltip = "Keep the charts still, to zoom and to read"
         return [self.window, self.smoothing, self.log_scale, self.freeze]
@@ -93,7 +94,7 @@ class Fold:
 
     def __init__(self, name: str, tooltip: str) -> None:
         self.name = name
-        self.toggle = widgets.ToggleButton(tooltip=tooltip)
+        self.toggle = widgets.ToggleButton(tooltip=tooltip, layout=widgets.Layout(margin="0"))
         self.toggle.add_class("nt-link")
         self.content = widgets.HTML(layout=widgets.Layout(display="none"))
         self.show("", lambda: "")

@@ -14,9 +14,9 @@ from nbtune_widgets._style import gigabytes
 if TYPE_CHECKING:
     from nbtune.run import Run
 
-GRID = "minmax(170px,1.9fr) 118px 88px minmax(112px,1fr) 72px 76px 74px"  # a column for each of COLUMNS
+GRID = "minmax(130px,1.9fr) 96px 84px minmax(104px,1fr) 62px 62px 48px"  # a column for each of COLUMNS
 CSS = f"""
-.nbtune .nt-grid{{display:grid!important;grid-template-columns:{GRID};gap:0 10px;align-items:center;
+.nbtune .nt-grid{{display:grid!important;grid-template-columns:{GRID};gap:0 8px;align-items:center;
  width:100%;min-width:0}}
 .nbtune .nt-run{{border-top:1px solid var(--nt-line);min-height:46px;align-items:center;width:100%}}
 .nbtune .nt-run:hover{{background:var(--nt-wash)}}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nbtune_widgets.charts import Panel, Trace
 
 WIDTH = 900
-SPARK_WIDTH, SPARK_HEIGHT = 112, 28
+SPARK_WIDTH, SPARK_HEIGHT = 94, 28
 GRID = "#7f8ea6"
 
 

@@ -135,6 +135,7 @@ class LiveView(Board):
         self._drawn: tuple[Any, ...] = ()
         self._pushed_at = 0.0
         self._settled = False
+        self._times_shown = 0
         self._note = ("", "", "")  # status when it was said, text, kind
         self.after = After(run) if after else None
         if self.after is not None:
@@ -143,6 +144,8 @@ class LiveView(Board):
         self.stop_button.on_click(lambda _: self._tell("stop"))
         self.resume_button.on_click(lambda _: self._tell("resume"))
         self.on_look(lambda: self._tell("look"))
+        self.widget._view_count = 0  # asks the front end to count
+        self.widget.observe(self._seen, names="_view_count")
         self._refresh()
 
     def show(self) -> None:
@@ -245,6 +248,13 @@ class LiveView(Board):
         if not self._blocking:
             self.start()
 
+    def _seen(self, change: dict[str, Any]) -> None:
+        """The card was drawn, or removed. Drawn again, after a reload of the page say, its kept places are lost."""
+        if change["new"] > change["old"]:
+            self._times_shown += 1
+            if self._times_shown == 2:
+                self._tell("look")
+
     def _step(self) -> bool:
         """Obey, draw, and say whether the run has ended."""
         asked = False
@@ -313,8 +323,9 @@ class LiveView(Board):
         if ended and self.kept:
             if asked or not self._settled:
                 self._settle()
-            return
-        if self._settled:  # resumed, by the button or by code
+            if self._times_shown < 2:
+                return
+        elif self._settled:  # resumed, by the button or by code
             self._clear_kept()
         events = self.run.events()
         drawn = (len(events), events[-1].get("time") if events else None, self.view)
@@ -338,9 +349,11 @@ class LiveView(Board):
         place.update({"text/html": "", "text/plain": ""}, raw=True)
         place.update(charts.bundle(self.run.events(), self.view), raw=True)
         table.update(_summary.bundle(self.run), raw=True)
-        self.charts.layout.min_height = "0"
-        self.charts.outputs = ()
-        self._drawn, self._settled = (), True
+        self._settled = True
+        if self._times_shown < 2:
+            self.charts.layout.min_height = "0"
+            self.charts.outputs = ()
+            self._drawn = ()
 
 
 def _pre(text: str) -> str:
