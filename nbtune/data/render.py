@@ -138,7 +138,8 @@ def _render_chats(
 ) -> Iterator[list[Rendered]]:
     if not chats:
         return
-    chosen = _Renderer(tokenizer).render_all(chats, numbers)
+    renderer = _Renderer(tokenizer)
+    chosen = [renderer.render(chat, number) for chat, number in zip(chats, numbers, strict=True)]
     texts = [spans.text for chat in chosen for spans in chat]
     encoded = tokenizer(
         texts,
@@ -169,7 +170,7 @@ def _rendered(spans: _Spans, ids: Sequence[int], offsets: Sequence[tuple[int, in
 
 
 class _Renderer:
-    """Applies one tokenizer's chat template, in batches."""
+    """Applies one tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._template = tokenizer.get_chat_template()
@@ -177,37 +178,52 @@ class _Renderer:
         for template in (self._template, self._template_with_tools):
             require_bounded(template)
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._marks_answers = bool(_GENERATION.search(self._template))
         added = tokenizer.added_tokens_decoder.values()
         self._end_tokens = tuple(str(token) for token in added if str(token).strip())
 
-    def render_all(self, chats: Sequence[Chat], numbers: Sequence[int]) -> list[list[_Spans]]:
-        """Raises DataError naming the first row that the template cannot show, and why."""
+    def render(self, chat: Chat, number: int) -> list[_Spans]:
+        """Raises DataError naming the row, where the template cannot show it, and why."""
         try:
-            return self._render(chats)
+            return self._rendered(chat)
         except _Unrenderable as error:
-            if len(chats) > 1:  # find the row: one by one, the first that fails raises
-                for chat, number in zip(chats, numbers, strict=True):
-                    self.render_all([chat], [number])
             raise DataError(
                 "The model's chat template cannot show a row",
-                f"Row {numbers[0]:,}: {error}.",
+                f"Row {number:,}: {error}.",
                 "Mend or remove the row, or set another model.chat_template.",
             ) from error
 
-    def _render(self, chats: Sequence[Chat]) -> list[list[_Spans]]:
-        for chat in chats:
-            self._check_tools(chat)
-        turns = [_trained_turns(chat) for chat in chats]
+    def _rendered(self, chat: Chat) -> list[_Spans]:
+        template = self._template if chat.tools is None else self._template_with_tools
+        _check_tools(chat, template)
+        trained = _trained_turns(chat)
         # Nothing is learnt from what follows the last answer, and a template may rewrite answers because of it.
-        messages = [chat.messages[: trained[-1] + 1] for chat, trained in zip(chats, turns, strict=True)]
-        if self._marks_answers:
-            return self._marked(messages, turns, [chat.tools for chat in chats])
-        pairs = [(chat, turn) for chat, trained in zip(messages, turns, strict=True) for turn in trained]
-        tools = [chat.tools for chat, trained in zip(chats, turns, strict=True) for _ in trained]
-        prompts = iter(self._apply([chat[:turn] for chat, turn in pairs], tools, prompt=True))
-        upto = iter(self._apply([chat[: turn + 1] for chat, turn in pairs], tools))
-        return [self._spans([(next(prompts), next(upto)) for _ in trained]) for trained in turns]
+        messages = chat.messages[: trained[-1] + 1]
+
+        def write(count: int, **how: bool) -> tuple[str, list[tuple[int, int]]]:
+            return self._write(template, messages[:count], chat.tools, **how)
+
+        if _GENERATION.search(template):
+            text, marks = write(len(messages), marks=True)
+            return [_Spans(text, _chosen_marks(marks, messages, trained))]
+        return self._spans([(write(turn, prompt=True)[0], write(turn + 1)[0]) for turn in trained])
+
+    def _write(
+        self, template: str, messages: list[Message], tools: Tools, *, prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a chat, and with `marks` the stretches in `{% generation %}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _template_errors():
+            rendered: Any = render_jinja_template(
+                [messages],  # pyright: ignore[reportArgumentType]
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        (text,), spans = rendered
+        return text, spans[0] if marks else []
 
     def _spans(self, turns: Sequence[tuple[str, str]]) -> list[_Spans]:
         """From (prompt, prompt and answer) of each trained turn to one text, or to one for each turn."""
@@ -234,44 +250,14 @@ class _Renderer:
         text = upto.rstrip()
         return len(text) if text.endswith(self._end_tokens) else len(upto)
 
-    def _marked(
-        self, chats: list[list[Message]], turns: Sequence[Sequence[int]], tools: Sequence[Tools]
-    ) -> list[list[_Spans]]:
-        rendered = (self._apply_one(chat, given, marks=True) for chat, given in zip(chats, tools, strict=True))
-        return [
-            [_Spans(text, _chosen_marks(marks, chat, trained))]
-            for (text, marks), chat, trained in zip(rendered, chats, turns, strict=True)
-        ]
 
-    def _apply(self, chats: list[list[Message]], tools: Sequence[Tools], *, prompt: bool = False) -> list[str]:
-        return [self._apply_one(chat, given, prompt=prompt)[0] for chat, given in zip(chats, tools, strict=True)]
-
-    def _apply_one(
-        self, chat: list[Message], tools: Tools, *, prompt: bool = False, marks: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of one chat, and with `marks` the stretches in `{% generation %}`."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _template_errors():
-            rendered: Any = render_jinja_template(
-                [chat],  # pyright: ignore[reportArgumentType]
-                tools=tools,  # pyright: ignore[reportArgumentType]
-                chat_template=self._template if tools is None else self._template_with_tools,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        (text,), spans = rendered
-        return text, spans[0] if marks else []
-
-    def _check_tools(self, chat: Chat) -> None:
-        """Raise _Unrenderable where the template would leave out functions or calls without a word."""
-        template = self._template if chat.tools is None else self._template_with_tools
-        calls = any(message.get("tool_calls") for message in chat.messages)
-        if calls and "tool_calls" not in template:
-            raise _Unrenderable("the template does not write function calls (tool_calls); the standard chatml does")
-        if chat.tools and not re.search(r"\btools\b", template):
-            raise _Unrenderable("the template does not show the functions (tools); the standard chatml does")
+def _check_tools(chat: Chat, template: str) -> None:
+    """Raise _Unrenderable where the template would leave out functions or calls without a word."""
+    calls = any(message.get("tool_calls") for message in chat.messages)
+    if calls and "tool_calls" not in template:
+        raise _Unrenderable("the template does not write function calls (tool_calls); the standard chatml does")
+    if chat.tools and not re.search(r"\btools\b", template):
+        raise _Unrenderable("the template does not show the functions (tools); the standard chatml does")
 
 
 @contextmanager
