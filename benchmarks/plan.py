@@ -4,9 +4,9 @@
     uv run python benchmarks/plan.py --only lora --fit    # and the constants of nbtune/plan that would fit best
 
 A run takes some steps, so that the heap has its holes. `--fit` prints least squares of what is measured beyond the
-tensors that the plan counts: LIBRARIES_BYTES + HEAP_SHARE * (activations + loss). Run it on a quiet machine after
-kernels changed, put both into nbtune/plan/__init__.py, and run it again. Loading is left out: a run's peak counts from
-there on, and what loading takes is in its `start` event.
+tensors that the plan counts: LIBRARIES_BYTES + HEAP_SHARE * (the most that activations and loss take). Run it on a
+quiet machine after kernels changed, put both into nbtune/plan/__init__.py, and run it again. Loading is left out: a
+run's peak counts from there on, and what loading takes is in its `start` event.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from _report import machine, versions
 
 import nbtune as nt
-from nbtune.plan import format_bytes
+from nbtune.plan import HEAP_SHARE, LIBRARIES_BYTES, format_bytes
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"r": 16, "lora_alpha": 16}},
@@ -69,7 +69,7 @@ def measure(settings: dict[str, Any], threads: int | None) -> dict[str, Any]:
 def fitted(results: list[dict[str, Any]]) -> tuple[float, float]:
     """LIBRARIES_BYTES and HEAP_SHARE with the least relative errors."""
     tensors = [sum(size for name, size in row["parts"].items() if name != "overhead") for row in results]
-    varying = [row["parts"]["activations"] + row["parts"]["loss"] for row in results]
+    varying = [(row["parts"]["overhead"] - LIBRARIES_BYTES) / HEAP_SHARE for row in results]
     measured = np.array([row["measured_bytes"] for row in results], float)
     columns = np.stack([np.ones(len(results)), np.array(varying, float)], axis=1) / measured[:, None]
     libraries, share = np.linalg.lstsq(columns, (measured - np.array(tensors)) / measured, rcond=None)[0]
@@ -97,7 +97,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one JSON object")
     options.add_argument("--page", type=Path, metavar="FILE", help="write a Plotly page")
     options.add_argument("--threads", type=int, help="torch's threads; without it torch's own choice")
-    options.add_argument("--steps", type=int, default=4, help="of each run")
+    options.add_argument("--steps", type=int, default=6, help="of each run")
     options.add_argument("--only", choices=METHODS, help="one method")
     options.add_argument("--fit", action="store_true", help="print the constants of the plan that would fit best")
     arguments = options.parse_args()

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from nbtune.plan.model import Weights
 
 # What is measured, on Linux; `benchmarks/plan.py --fit` prints new values. See docs/measurements.md.
-LIBRARIES_BYTES = 860_000_000  # Python with torch, transformers, accelerate and datasets, a tokenizer, rows
+LIBRARIES_BYTES = 890_000_000  # Python with torch, transformers, accelerate and datasets, a tokenizer, rows
 BITSANDBYTES_BYTES = 120_000_000
 ROWS_BYTES = 40_000_000  # of it, what comes after the plan of a run: the tokenizer and the rows
-HEAP_SHARE = 0.3  # of the step's tensors: what the C library's heap holds beyond them, in holes of the wrong size
+HEAP_SHARE = 0.3  # of a step's most activations: what the C library's heap holds beyond tensors, in holes they left
 CUDA_SHARE = 0.1  # of all tensors: what CUDA's caching allocator and workspaces hold beyond them
 EFFICIENCY = 0.45  # share of the machine's matrix rate that a whole step reaches
 
@@ -181,7 +181,7 @@ def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -
         "loss": peak.loss,
     }
     if device.type == "cpu":
-        holes = int(HEAP_SHARE * (parts["activations"] + parts["loss"]))
+        holes = int(HEAP_SHARE * (peak.passed + weights.dequantised))
         libraries = LIBRARIES_BYTES + (BITSANDBYTES_BYTES if weights.dequantised else 0)
         parts["overhead"] = max(libraries, held + ROWS_BYTES) + holes
     else:

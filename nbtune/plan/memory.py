@@ -17,6 +17,7 @@ class Peak:
     activations: int  # kept for the backward pass, and temporaries
     loss: int  # what the head and the loss hold
     gradients: int  # of parameters
+    passed: int = 0  # the most that activations and loss take together at any moment of the step
 
     @property
     def bytes(self) -> int:
@@ -44,7 +45,9 @@ class Step:
 
         Where a step `accumulates` several micro-batches, all but the first find the gradients of all parameters there.
         """
-        return max(self._moments(checkpointed, accumulates), key=lambda moment: moment.bytes)
+        moments = list(self._moments(checkpointed, accumulates))
+        passed = max(moment.activations + moment.loss for moment in moments)
+        return dataclasses.replace(max(moments, key=lambda moment: moment.bytes), passed=passed)
 
     def flops(self, checkpointed: int) -> int:
         """Of matrix products and attention."""

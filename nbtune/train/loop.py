@@ -128,7 +128,7 @@ def train(
                 penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
                 accelerator.backward(output.loss if penalty is None else output.loss + penalty)
                 if device.type == "cpu":
-                    trim_heap()
+                    trim_heap(above=room.planned_bytes)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -170,8 +170,6 @@ def train(
         if adapted is not None:
             adapted.update_and_allocate(step)
         prepared.zero_grad()
-        if device.type == "cpu":
-            trim_heap()
         loss, correct, entropy = sums.tolist()
         _require_finite(loss, step + 1)
 
@@ -231,6 +229,8 @@ def _evaluate(
             "eval_loss": loss,
             "eval_mean_token_accuracy": correct / total,
             "seconds": time.perf_counter() - began,
+        }
+    )
 
 
 def _sample(sampler: Sampler, step: int, on_event: OnEvent) -> None:
@@ -246,8 +246,6 @@ def _sample(sampler: Sampler, step: int, on_event: OnEvent) -> None:
         on_event({"type": "samples", "step": step, "samples": samples, "seconds": time.perf_counter() - began})
 
 
-        }
-    )
 def _pause(step: int, should_pause: Callable[[], bool], on_event: OnEvent) -> None:
     """Wait, after `step` optimiser steps, as long as `should_pause` says."""
     on_event({"type": "pause", "step": step})

@@ -37,6 +37,10 @@ class Room:
         self.most_tokens: int | None = None  # in a micro-batch; None is no bound
         checkpoint_blocks(model, self.checkpointed)
 
+    @property
+    def planned_bytes(self) -> int:
+        return self._planned.peak_bytes
+
     def micro_batches(self, batches: list[Batch]) -> list[Batch]:
         """The same examples in micro-batches that are small enough, as far as whole examples allow."""
         return [part for batch in batches for part in self._parts(batch)]
@@ -83,10 +87,6 @@ class Room:
             REMEDIES.get(grown, f"Lower max_length below {batch.tokens}.") + " Or close other programs and resume.",
         )
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how torch or Python say that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
     def _measured(self, used_bytes: int) -> dict[str, int]:
         """Bytes by part: weights as they are, the optimiser as planned, and for the work all the rest."""
         parts = dict.fromkeys(("base weights", "adapter"), 0)
@@ -120,6 +120,10 @@ def naming_lack_of_memory(planned: Plan, part: str, doing: str) -> Iterator[None
             f"{remedy} Or close other programs and resume.",
         ) from error
 
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how torch or Python say that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("DefaultCPUAllocator", "std::bad_alloc", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
