@@ -89,7 +89,7 @@ class Room:
 
     def _measured(self, used_bytes: int) -> dict[str, int]:
         """Bytes by part: weights as they are, the optimiser as planned, and for the work all the rest."""
-        parts = dict.fromkeys(("base weights", "adapter"), 0)
+        parts: dict[str, int] = {"base weights": 0, "adapter": 0}
         trained = "adapter" if self._planned.parts.get("adapter") else "base weights"
         for parameter in self._model.parameters():
             parts[trained if parameter.requires_grad else "base weights"] += parameter.nbytes

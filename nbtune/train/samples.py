@@ -116,7 +116,7 @@ class Sampler:
 @contextmanager
 def _reading_the_cache(model: PreTrainedModel) -> Iterator[None]:
     """Inside, `model` attends to a cache of keys and values; packed attention knows none."""
-    packed = model.config._attn_implementation
+    packed = str(model.config._attn_implementation)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield

@@ -2,7 +2,7 @@
 
 import json
 
-from nbtune.train.events import EventLog, read_events
+from nbtune.train.events import EventLog, EventReader, read_events
 
 
 def steps(path, **options):
@@ -56,3 +56,19 @@ def test_numbers_json_cannot_hold_become_null(tmp_path):
 
 def test_no_file_is_no_events(tmp_path):
     assert read_events(tmp_path) == []
+
+
+def test_a_reader_that_looks_again_and_again_has_what_one_look_has(tmp_path):
+    reader = EventReader(tmp_path)
+    assert reader.read() == []
+    lives = ["start 0, train 1", "train 2, end 2", "resume 1", "train 2", "resume 0, start 0"]
+    for life in lives:
+        write(tmp_path, *((kind, int(step)) for kind, step in map(str.split, life.split(", "))))
+        assert reader.read() == read_events(tmp_path)
+        assert reader.read() is reader.read()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"type": "train", "st')
+        file.flush()
+        assert reader.read() == read_events(tmp_path)
+        file.write('ep": 1}\n')
+    assert reader.read()[-1] == {"type": "train", "step": 1}

@@ -127,3 +127,33 @@ def test_numbers_for_people(value, text):
 def test_ticks_are_round():
     assert charts.nice_ticks(2.31, 3.97, 5) == [2.5, 3.0, 3.5]
     assert charts.nice_ticks(1, 1, 5) == [1]
+
+
+def test_a_spark_is_one_small_curve_with_the_evaluations_on_it():
+    spark = charts.spark(replay.events(10_000, evals=100))
+    root = ET.fromstring(spark)
+    tag = "{http://www.w3.org/2000/svg}"
+    points = [tuple(map(float, pair.split(","))) for pair in root.find(f"{tag}polyline").get("points").split()]
+    assert len(points) <= charts.SPARK_POINTS
+    assert len(root.findall(f"{tag}circle")) <= charts.SPARK_DOTS
+    assert all(0 <= x <= 94 and 0 <= y <= 28 for x, y in points)
+    assert points[0][1] < points[-1][1]  # down on the screen: the loss fell
+    assert len(spark) < 1500
+    assert charts.spark([]) == ""
+
+
+def test_curves_of_runs_over_each_other():
+    bundle = charts.overlay(
+        [(f"run {seed}", replay.events(2000, seed=seed)) for seed in range(9)], charts.View(log=True)
+    )
+    drawn = bundle[charts.PLOTLY]
+    valid = go.Figure({"data": drawn["data"], "layout": drawn["layout"]})
+    assert len(valid.data) == 18
+    assert max(len(found["x"]) for found in drawn["data"]) <= 500
+    assert drawn["layout"]["yaxis"]["type"] == "log"
+    colors = [found["line"]["color"] for found in drawn["data"]]
+    assert colors[:9] == colors[9:] == [*charts.COLORS, charts.COLORS[0]]
+    ET.fromstring(bundle["image/svg+xml"])
+    empty = charts.overlay([("a", []), ("b", [])])
+    assert empty[charts.PLOTLY]["data"] == []
+    ET.fromstring(empty["image/svg+xml"])

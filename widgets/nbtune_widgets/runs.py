@@ -70,9 +70,8 @@ class RunsView:
 
     def show(self) -> None:
         """Display the view in this cell; where there is no kernel any more a plain table is seen."""
-        bundle: dict[str, Any] = dict(self.widget._repr_mimebundle_())  # pyright: ignore[reportArgumentType]
-        bundle["text/html"] = _runtable.plain(self._facts)
-        display(bundle, raw=True)
+        bundle: Any = self.widget._repr_mimebundle_()
+        display({**bundle, "text/html": _runtable.plain(self._facts)}, raw=True)
         self.start()
 
     _ipython_display_ = show
@@ -97,7 +96,7 @@ class RunsView:
         self._count = widgets.HTML(layout=widgets.Layout(flex="1 1 auto", min_width="0"))
         self._notice = widgets.HTML(layout=widgets.Layout(display="none"))
         self._undo = self._button("Undo", self._bring_back, "Bring the deleted runs back")
-        self._confirm = self._button("Delete", self._delete)
+        self._confirm = self._button("Move to the trash", self._delete)
         self._keep = self._button("Keep", self._ask_nothing)
         refresh = self._button("Refresh", self._refresh)
         top = widgets.HBox([self._count, refresh], layout=widgets.Layout(**_WRAP))
@@ -213,7 +212,7 @@ class RunsView:
         show_if(self._more, len(shown) < len(self._facts))
         show_if(self._table_head, bool(self._facts))
         runs_here = f"{len(self._facts)} run{'' if len(self._facts) == 1 else 's'}"
-        place = chip(str(self.folder))
+        place = chip("/".join(self.folder.parts[-2:]))
         self._count.value = f'<div class="nt-row"><span class="nt-name">Runs</span>{chip(runs_here)}{place}</div>'
         self._compare()
 
