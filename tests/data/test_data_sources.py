@@ -84,6 +84,14 @@ def test_other_delimiters(tmp_path, delimiter):
     assert read(tmp_path / "a.csv") == [{"prompt": "x, z", "completion": "y"}]
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_line_ends_of_csv(tmp_path, end, last):
+    (tmp_path / "a.csv").write_bytes(f'prompt,completion{end}"a\u2028{end}b",c{end}{end}d,e{end * last}'.encode())
+    first = "a\u2028\nb" if end == "\r" else f"a\u2028{end}b"
+    assert read(tmp_path / "a.csv") == [{"prompt": first, "completion": "c"}, {"prompt": "d", "completion": "e"}]
+
+
 def test_long_csv_field(tmp_path):
     rows = [{"prompt": "x" * 300_000, "completion": "y"}]
     assert read(write(tmp_path / "a.csv", rows)) == rows
