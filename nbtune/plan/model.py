@@ -70,7 +70,16 @@ def step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, re
     Raises what `trace_step` raises.
     """
     method = json.dumps(spec.to_dict()["method"], sort_keys=True, default=str)
-    key = spec.model.model_dump_json(), method, spec.training.optim, str(device), rows, spec.training.max_length
+    # Quantised weights are floats when they are used: all ways to store them have one trace.
+    floats = spec.model.model_copy(update={"load_in_4bit": False, "load_in_8bit": False, "chat_template": None})
+    key = (
+        floats.model_dump_json(exclude={"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}),
+        method,
+        spec.training.optim,
+        str(device),
+        rows,
+        spec.training.max_length,
+    )
     kept = _trace(*key, recomputed=False)
     again = _trace(*key, recomputed=True) if recomputed else None
     offloaded = spec.training.activation_offloading and device.type == "cuda"

@@ -112,6 +112,7 @@ CSS = """
 .nbtune .nt-tabs button.jupyter-button.mod-active{background:var(--nt-tint);color:var(--nt-blue);box-shadow:none}
 .nbtune button.jupyter-button.nt-reset{border-color:transparent;background:transparent;padding:0;width:24px;
  min-width:24px;color:var(--nt-blue);font-size:15px}
+.nbtune .nt-picked .nt-field .widget-text{width:calc(100% - 48px)!important}
 .nbtune .nt-known{gap:2px 6px;align-items:center;min-height:32px}
 .nbtune button.jupyter-button.nt-chipped{height:26px;line-height:24px;border-radius:13px;font-size:12px;padding:0 12px;
  margin:0}

@@ -81,6 +81,7 @@ class MethodPage:
             layout=widgets.Layout(flex="1 1 350px", min_width="0"),
         )
         self.modules = widgets.VBox(layout=widgets.Layout(flex="2 1 440px", min_width="0"))
+        self.modules.add_class("nt-picked")
         self.widget = widgets.HBox([left, self.modules], layout=widgets.Layout(flex_flow="row wrap"))
         self.widget.add_class("nt-columns")
         self._show_family()
