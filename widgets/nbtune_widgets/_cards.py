@@ -196,6 +196,8 @@ def changed(why: str, differing: list[tuple[str, str, str]]) -> str:
 
 def _said(value: Any) -> str:
     words = {True: "yes", False: "no", None: "none"}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):  # steps of a recipe, sources
+        return ", ".join(str(item.get("step") or item.get("source")) for item in value) or "none"
     text = words[value] if isinstance(value, bool | None) else f"{value:,}" if isinstance(value, int) else str(value)
     return text if len(text) < 48 else f"{text[:45]}..."
 

@@ -29,13 +29,14 @@ class Line:
     ) -> None:
         self.cls = cls
         self._given = values
+        self._touched = bool(values)  # before, nothing is wrong yet
         look = Look()
         found = {setting.name: setting for setting in model_settings("item", cls) if not _is_kind(setting)}
         self.fields = {name: Field(found[name], look) for name in names or found}
         for name, field in self.fields.items():
             if values.get(name) is not None:
                 field.value = values[name]
-            field.on_change = lambda _: self.on_change()
+            field.on_change = lambda _: self._changed()
         self.on_change: Callable[[], None] = lambda: None
         self.on_move: Callable[[int], None] = lambda _: None
         self.on_remove: Callable[[], None] = lambda: None
@@ -75,7 +76,12 @@ class Line:
         """Give the widgets back."""
         dispose(self.widget)
 
+    def _changed(self) -> None:
+        self._touched = True
+        self.on_change()
+
     def _say(self, reason: str) -> None:
+        reason = reason if self._touched else ""
         self.wrong.value = f'<div class="nt-invalid" role="alert">{escape(reason)}</div>' if reason else ""
 
     def _show(self) -> None:

@@ -56,11 +56,10 @@ class DataPage:
             },
             host,
         )
-        left = widgets.VBox([self.preview.widget], layout=widgets.Layout(flex="3 1 440px", min_width="0"))
         right = widgets.VBox(
             [self.lengths, self.warnings, self.dropped], layout=widgets.Layout(flex="2 1 280px", min_width="0")
         )
-        columns = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
+        columns = widgets.HBox([self.preview.widget, right], layout=widgets.Layout(flex_flow="row wrap"))
         columns.add_class("nt-columns")
         settings = form.groups["data"].widget
         self.widget = widgets.VBox(
@@ -74,12 +73,15 @@ class DataPage:
         """
         self._spec = spec
         self.source.refresh(spec)
+        self.preview.busy = True
         try:
             self.report = self._read(spec)
         except DataError:
             self._forget()
             self._offer_mending(spec)
             raise
+        finally:
+            self.preview.busy = False
         self._show(self.report)
         self._show_editors(spec, self.report)
 

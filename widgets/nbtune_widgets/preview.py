@@ -29,6 +29,7 @@ class RowPreview:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.busy = False  # the tokenizer is in use on another thread
         self._report: DataReport | None = None
         self._order: list[int] = []  # numbers of the rows that are used, ascending
         self._held_out: set[int] = set()
@@ -46,7 +47,7 @@ class RowPreview:
         self.raw.observe(host.act(self._draw), names="value")
         legend = widgets.HTML(f'<div class="nt-small">{_tokens.LEGEND}</div>', layout=widgets.Layout(flex="1 1 auto"))
         below = [_line([legend, self.note]), _line([self.number, self.of, self.back, self.next, self.raw])]
-        self.widget = widgets.VBox([self.text, *below])
+        self.widget = widgets.VBox([self.text, *below], layout=widgets.Layout(flex="3 1 440px", min_width="0"))
         self.close()
 
     def close(self) -> None:
@@ -86,7 +87,7 @@ class RowPreview:
             self.text.value = _raw(report.raw(number))
             self.note.value = "" if examples else _said(_why_not(report, number))
             return
-        if report.lengths[examples].sum() > AT_ONCE:
+        if self.busy or report.lengths[examples].sum() > AT_ONCE:
             self._host.ask("row", "Reading the row …", lambda: self._read(report, number, examples))
         else:
             self._read(report, number, examples)

@@ -31,7 +31,7 @@ _FAMILIES = {
 }  # fmt: skip
 
 
-_HINT = '<div class="nt-help">Change the text: the row above is written here with it as you type.</div>'
+_HINT = '<div class="nt-help">Change the text: the row is written here with it as you type.</div>'
 
 
 class TemplateEditor:

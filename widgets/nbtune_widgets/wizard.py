@@ -260,7 +260,8 @@ class Wizard:
         elif part in ("method", "training"):
             self._ask("modules", "Counting …", self._count)
         if part != "tracking":
-            self._ask("plan", "Planning …", self._plan)
+            # On the Data step the rows come first: they are looked at, and planning takes seconds.
+            self._ask("plan", "Planning …", self._plan, idle=STEPS[self.frame.step] == "Data")
 
     def _read_what_is_shown(self) -> None:
         step = self.frame.step
