@@ -87,6 +87,7 @@ def test_compare_answers_with_the_base_and_the_adapter(trained, workspace):
 
 
 def test_the_wizard_starts_under_papermill(workspace):
+    """At once, while its worker is still reading the model: the two must not import transformers together."""
     folder = workspace / "wizard"
     settings = {
         "source": str(workspace / "sums.jsonl"), "max_steps": 2, "max_length": 64, "eval_fraction": 0.2,
@@ -100,6 +101,11 @@ def test_the_wizard_starts_under_papermill(workspace):
     assert run.status == "finished"
     assert run.summary()["steps"] == 2
     assert output.stat().st_size < 1_000_000
+    book = nbformat.read(output, 4)
+    bundles = [entry["data"] for cell in book.cells for entry in cell.get("outputs", []) if "data" in entry]
+    assert len([data for data in bundles if "application/vnd.plotly.v1+json" in data]) == 1
+    assert any("Peak memory" in data.get("text/html", "") for data in bundles)
+    assert "Exception in thread" not in json.dumps(book)
 
 
 def test_a_run_that_cannot_start_fails_the_notebook(workspace):

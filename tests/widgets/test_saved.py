@@ -127,22 +127,3 @@ print(view.notice.value)
     NotebookClient(book, timeout=60).execute()
     assert not errors(book)
     assert "No checkpoint" in "".join(output.text for output in book.cells[0].outputs if output.output_type == "stream")
-
-
-@pytest.mark.slow
-def test_the_wizard_starts_under_papermill(tmp_path):
-    """At once, while its worker is still reading the model: the two must not import transformers together."""
-    rows = "rows = [{'prompt': f'Say {n}.', 'completion': f'It is {n}.'} for n in range(12)]\n"
-    settings = "data=rows, max_steps=2, max_length=64, r=2, mlflow=False, eval_steps=0"
-    cells = (
-        f"import nbtune as nt\n{rows}wizard = nt.wizard({settings})",
-        "run = await wizard.start_async()\nrun.status",
-    )
-    nbformat.write(notebook(*cells), tmp_path / "in.ipynb")
-    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=tmp_path)
-    book = nbformat.read(tmp_path / "out.ipynb", 4)
-    assert book.cells[-1].outputs[-1].data["text/plain"] == "'finished'"
-    assert len(plots(book)) == 1
-    assert any("Peak memory" in data.get("text/html", "") for data in bundles(book))
-    assert "Exception in thread" not in json.dumps(book)
-    assert (tmp_path / "out.ipynb").stat().st_size < 1_000_000
