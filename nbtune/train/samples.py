@@ -7,6 +7,7 @@ the model's chat template shows it. Answers are greedy, so that they change only
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 48
+MAX_SECONDS = 5.0  # of one evaluation; answers that are not ready by then are cut (4-bit weights are slow on a CPU)
 PLAIN_TOKENS = 16  # of a text without questions, that are given as one
 SHOWN_CHARACTERS = 600  # of a question and of an answer, in the event
 _MARK = "nbtune-question"
@@ -100,8 +102,11 @@ class Sampler:
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         from transformers import GenerationConfig
 
+        until = time.monotonic() + MAX_SECONDS
+
         def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            return torch.full((len(ids),), self._should_stop(), device=ids.device)
+            over = self._should_stop() or time.monotonic() > until
+            return torch.full((len(ids),), over, device=ids.device)
 
         settings = GenerationConfig(
             max_new_tokens=MAX_NEW_TOKENS, do_sample=False, temperature=1.0, top_p=1.0, top_k=50, use_cache=True,

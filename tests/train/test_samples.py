@@ -14,6 +14,7 @@ from nbtune.kernels.attention import NAME
 from nbtune.models import load, load_tokenizer
 from nbtune.peft import LoraConfig, get_peft_model
 from nbtune.spec import ModelSpec, TrainingSpec
+from nbtune.train import samples as samples_module
 from nbtune.train.samples import MAX_NEW_TOKENS, SHOWN_CHARACTERS, Sampler, questions
 
 CHATS = [
@@ -95,8 +96,9 @@ def trained(tokenizer):
     return model, adapted
 
 
-def test_a_batch_answers_as_the_engine_does_alone(trained, rows, tokenizer, tmp_path):
+def test_a_batch_answers_as_the_engine_does_alone(trained, rows, tokenizer, tmp_path, monkeypatch):
     model, adapted = trained
+    monkeypatch.setattr(samples_module, "MAX_SECONDS", 1000.0)
     adapted.save_pretrained(tmp_path)
     engine = Engine(FP32, {"tuned": tmp_path})
     expected = []
@@ -126,6 +128,13 @@ def test_the_model_and_the_random_numbers_are_as_they_were(trained, rows, tokeni
     assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == NAME
     model.train()
+
+
+def test_answers_that_take_too_long_are_cut(trained, rows, tokenizer, monkeypatch):
+    model, adapted = trained
+    monkeypatch.setattr(samples_module, "MAX_SECONDS", 0.0)
+    samples = Sampler(model, adapted, asked(rows, tokenizer), tokenizer, lambda: False).samples()
+    assert all(len(tokenizer(sample["answer"])["input_ids"]) <= 1 for sample in samples)
 
 
 def test_asked_to_stop_it_ends_at_once(trained, rows, tokenizer):
