@@ -103,6 +103,7 @@ class ModelPage:
             whole = PRECISIONS[name].items() >= _WHOLE.items()
             button.layout.display = None if whole or spec.method != "full" else "none"
             if spec.method == "full" and not whole:
+                set_class(button, "nt-on", on=False)
                 continue
             other = spec.updated(**PRECISIONS[name])
             size = compute_dtype(other.model.dtype, device).itemsize

@@ -130,17 +130,21 @@ class ReviewPage:
 
 
 def _steps(spec: RunSpec) -> int:
-    """About how many steps all epochs have: packed rows are full, so the tokens of some rows tell."""
-    from nbtune.data import encode_many, read_rows
+    """About how many steps all epochs have: those of a sample of the rows, times as many."""
+    from nbtune.data import Batches, encode_many, read_rows
     from nbtune.models import load_tokenizer
 
-    rows = read_rows(spec.data).train
-    training = spec.training
-    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if not training.packing:
-        return max(1, math.ceil(len(rows) / step * training.num_train_epochs))
+    rows, training = read_rows(spec.data).train, spec.training
     sample = rows[:: max(1, len(rows) // SAMPLED)]
-    examples = (one for of_row in encode_many(sample, load_tokenizer(spec.model)) for one in of_row)
-    lengths = [min(len(one), training.max_length) for one in examples]
-    tokens = sum(lengths) / len(sample) * len(rows)
-    return max(1, math.ceil(tokens / training.max_length / step * training.num_train_epochs))
+    encoded = encode_many(sample, load_tokenizer(spec.model))
+    examples = [one.cut(training.max_length) for of_row in encoded for one in of_row]
+    batches = Batches(
+        examples,
+        training.per_device_train_batch_size,
+        training.max_length,
+        packing=training.packing,
+        seed=training.seed,
+        virtual_tokens=spec.virtual_tokens,
+    )
+    micro_batches = batches.steps_per_epoch(1) * len(rows) / len(sample)
+    return max(1, math.ceil(micro_batches / training.gradient_accumulation_steps * training.num_train_epochs))
