@@ -65,7 +65,7 @@ class Wizard:
         host = Host(self._guarded, self._button, self.change, self._lead, self._say, self._ask)
         self.model_page = ModelPage(self.form, host)
         self.data_page = DataPage(self.form, host)
-        self.method_page = MethodPage(self.form, host, lambda: self._react("method"))
+        self.method_page = MethodPage(self.form, host, lambda: self._changed("method", ""))
         self.training_page = TrainingPage(self.form, host)
         self.review_page = ReviewPage(self.form, host)
         self.pages: tuple[Page, ...] = (
