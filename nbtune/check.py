@@ -309,9 +309,8 @@ def _savings(spec: RunSpec) -> Iterator[Remedy]:
         yield Remedy("use 4-bit", {"model.load_in_4bit": True, "model.load_in_8bit": False})
     if spec.method == "full":
         yield Remedy("use LoRA", {"method": "lora"})
-    for length in (training.max_length // 2, training.max_length // 4):
-        if length >= SHORTEST:
-            yield _shorter(length)
+    if training.max_length // 2 >= SHORTEST:
+        yield _shorter(training.max_length // 2)
 
 
 def _shorter(length: int) -> Remedy:

@@ -59,7 +59,7 @@ def test_4_bits_on_a_cpu_with_odd_rows_can_be_8(tmp_path):
 
 
 def test_remedies_for_too_little_memory_make_it_fit():
-    spec = RunSpec(training={"max_length": 2048, "per_device_train_batch_size": 8})
+    spec = RunSpec(training={"max_length": 2048, "per_device_train_batch_size": 2})
     there = plan(spec).peak_bytes
     least = plan(spec, available_bytes=1)  # laid out as small as it can be
     available = least.peak_bytes - 1_000_000

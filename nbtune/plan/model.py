@@ -70,12 +70,12 @@ def step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, re
     Raises what `trace_step` raises.
     """
     method = json.dumps(spec.to_dict()["method"], sort_keys=True, default=str)
-    # Quantised weights are floats when they are used: all ways to store them have one trace.
+    # Quantised weights are floats when they are used, and all optimisers but LoRA-FA's take the same gradients.
     floats = spec.model.model_copy(update={"load_in_4bit": False, "load_in_8bit": False, "chat_template": None})
     key = (
         floats.model_dump_json(exclude={"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}),
         method,
-        spec.training.optim,
+        spec.training.optim if spec.training.optim == "lorafa" else "adamw_torch_fused",
         str(device),
         rows,
         spec.training.max_length,

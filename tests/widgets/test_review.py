@@ -231,7 +231,7 @@ def test_rows_in_memory_are_saved_from_the_review(wizard, tmp_path, monkeypatch)
 
 
 def test_what_does_not_fit_offers_buttons_that_make_it_fit(wizard, monkeypatch):
-    wizard.set(max_length=2048, per_device_train_batch_size=4)
+    wizard.set(max_length=512, per_device_train_batch_size=1)
     planning = importlib.import_module("nbtune.plan")
     monkeypatch.setattr(planning, "_memory", lambda device: (0, 1))  # a machine with little memory
     least = plan(wizard.spec).peak_bytes
