@@ -354,6 +354,15 @@ def test_a_file_near_the_notebook_is_data(bench, tmp_path):
     assert plain(bench.page.facts.value).startswith("chats.jsonl")
 
 
+def test_another_source_is_shown_from_its_first_row(bench):
+    bench.page.preview.number.value = 30
+    bench.change({"training.max_length": 128}, "")
+    assert bench.page.preview.number.value == 30
+    bench.change({"data": ROWS[4:]}, "")
+    assert bench.page.preview.number.value == 1
+    assert "Say <b>5</b>" in plain(bench.page.preview.text.value)
+
+
 def test_pasted_rows_are_data(bench):
     picker = bench.page.source
     picker.open_paste.click()

@@ -19,7 +19,7 @@ CSS = """
 .nbtune .nt-lengths{padding:2px 0 0}
 .nbtune .nt-bars{position:relative;display:flex;align-items:flex-end;gap:1px;height:128px;
  border-bottom:1px solid var(--nt-line)}
-.nbtune .nt-bars i{flex:1 1 0;background:var(--nt-blue);opacity:.55;border-radius:2px 2px 0 0}
+.nbtune .nt-bars i{flex:1 1 0;background:var(--nt-blue);opacity:.62;border-radius:2px 2px 0 0}
 .nbtune .nt-bars i:hover{opacity:.9}
 .nbtune .nt-bars i.nt-over{background:var(--nt-amber);opacity:.9}
 .nbtune .nt-limit{position:absolute;top:0;bottom:0;width:0;border-left:1.5px dashed var(--nt-red)}

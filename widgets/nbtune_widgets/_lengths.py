@@ -30,11 +30,11 @@ def histogram(lengths: npt.NDArray[np.int32], max_length: int) -> str:
         f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''} of {lengths.min():,} to {lengths.max():,} tokens, "
         f"{half}; cut at {max_length:,}"
     )
-    last = f"{edges[-1]:,}" + (f" … {lengths.max():,}" if beyond else "")
+    last = ("… " if beyond else "") + f"{lengths.max():,}"
     return (
         f'<div class="nt-lengths" role="img" aria-label="{told}" title="{told}"><div class="nt-bars">{bars}'
         f"{_line(edges, max_length)}</div>"
-        f'<div class="nt-axis"><span>{edges[0]:,}</span><span>{half}</span><span>{last}</span></div></div>'
+        f'<div class="nt-axis"><span>{lengths.min():,}</span><span>{half}</span><span>{last}</span></div></div>'
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from IPython.core.getipython import get_ipython
 
 FILES = 200
+FOLDERS = 200  # that are looked into
 DEPTH = 2  # folders below the notebook
 _SKIPPED = {"node_modules", "__pycache__", "runs", "mlruns", "site-packages"}
 _TABLES = {("pandas", "DataFrame"), ("datasets", "Dataset")}
@@ -18,7 +19,8 @@ _TABLES = {("pandas", "DataFrame"), ("datasets", "Dataset")}
 
 def data_files(folder: Path, near: str | None = None) -> list[str]:
     """Data files of a folder and those below it, relative to it; and those beside the path `near`, absolute or not."""
-    found = list(islice(_walk(folder, folder, DEPTH), FILES))
+    inner = islice(_folders(folder, DEPTH), FOLDERS)
+    found = [str(path.relative_to(folder)) for path in islice((file for f in inner for file in _files(f)), FILES)]
     if near:
         typed = Path(near).expanduser()
         beside = typed if typed.is_dir() else typed.parent
@@ -37,14 +39,6 @@ def _variables() -> dict[str, Any]:
     return {} if shell is None else dict(shell.user_ns)
 
 
-def _walk(folder: Path, root: Path, depth: int) -> Iterator[str]:
-    for path in _files(folder):
-        yield str(path.relative_to(root))
-    if depth:
-        for inner in _folders(folder):
-            yield from _walk(inner, root, depth - 1)
-
-
 def _files(folder: Path) -> Iterator[Path]:
     from nbtune.data.files import READERS
 
@@ -53,10 +47,13 @@ def _files(folder: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    for entry in _entries(folder):
-        if entry.is_dir(follow_symlinks=False) and entry.name not in _SKIPPED:
-            yield Path(entry.path)
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    """The folder itself and those below it."""
+    yield folder
+    if depth:
+        for entry in _entries(folder):
+            if entry.is_dir(follow_symlinks=False) and entry.name not in _SKIPPED:
+                yield from _folders(Path(entry.path), depth - 1)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

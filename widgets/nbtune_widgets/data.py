@@ -40,6 +40,7 @@ class DataPage:
         self._spec: RunSpec | None = None
         self._read_by: dict[str, Any] = {}  # the settings that the tokenizer was loaded with
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._shown = ""  # the source of the rows in the preview
         self.report: DataReport | None = None
         self.source = SourcePicker(form, host)
         self.facts, self.lengths, self.dropped = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -165,7 +166,9 @@ class DataPage:
         heading = '<div class="nt-heading">Length in tokens</div>'
         drawn = _lengths.histogram(report.lengths, report.max_length) if len(report.lengths) else ""
         self.lengths.value = heading + drawn if drawn else ""
-        self.preview.show(report)
+        source = self._given.data.source
+        self.preview.show(report, first=source != self._shown)
+        self._shown = source
 
     def _show_editors(self, spec: RunSpec, report: DataReport) -> None:
         assert self._tokenizer is not None

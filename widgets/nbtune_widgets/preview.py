@@ -55,14 +55,14 @@ class RowPreview:
         self._report = None
         self.widget.layout.display = "none"
 
-    def show(self, report: DataReport) -> None:
-        """Look at these rows; the number stays where there is such a row."""
+    def show(self, report: DataReport, *, first: bool = False) -> None:
+        """Look at these rows; the number stays, unless the first that is used is asked for."""
         self._order = np.unique(report.numbers).tolist()
         used = list(dict.fromkeys(report.numbers.tolist()))  # training rows first
         self._held_out = set(used[report.train :])
         self._showing = True
         self.number.max = report.total
-        if self._report is None and self.number.value not in self._order:
+        if first:
             self.number.value = self._order[0] if self._order else 1
         self._showing = False
         self._report = report
