@@ -31,7 +31,7 @@ PARTS = ("model", "data", "training", "tracking")
 
 def changes(spec: RunSpec) -> dict[str, Any]:
     """The settings, by path, in which a spec differs from one with the same method and the defaults."""
-    base = RunSpec(method=_kind(spec)).to_dict()
+    base = RunSpec.from_dict({"method": _kind(spec)}).to_dict()
     values = spec.to_dict()
     changed: dict[str, Any] = {}
     for part in (*PARTS, "method"):
