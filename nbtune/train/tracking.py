@@ -21,7 +21,7 @@ from nbtune.errors import RunError
 from nbtune.shelf import FILE as ABOUT
 from nbtune.shelf import read_about
 from nbtune.spec import RunSpec
-from nbtune.store import initialise, tracking_uri
+from nbtune.store import initialise, require_reachable, tracking_uri
 from nbtune.train.events import Event, read_events
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class _Reporter:
     def report_about(self) -> None:
         """Send the label and the note that a person gave the run."""
         about = read_about(self.path)
+        require_reachable(self._uri)  # MLflow's own client would try for minutes
         self.client.update_run(self.run_id, name=about.label or self.path.name)
         self.client.set_tag(self.run_id, "mlflow.note.content", about.note)
 

@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from nbtune_widgets import charts
+from tests.widgets.replay import write_run
 
 HERE = Path(__file__).parent
 SETUP = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom replay import ReplayRun\nimport nbtune_widgets\n"
@@ -74,6 +75,26 @@ def test_without_widget_state_the_result_is_still_there(saved):
     assert "<svg" in html or "image/svg+xml" in html
     assert "Held-out loss" in html
     assert "2,949,120 parameters" in html
+
+
+def test_what_it_answered_stays_too(saved):
+    table = next(data["text/html"] for data in bundles(nbformat.read(saved / "out.ipynb", 4))
+                 if "Held-out loss" in data.get("text/html", ""))  # fmt: skip
+    assert "<summary>What it answered</summary>" in table
+    assert table.count(">step 0<") == table.count(">step 1000<") == 3
+    assert "max_steps: 1000" in table  # the spec, folded
+
+
+def test_the_table_of_runs_is_seen_without_widgets(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, f"2026112{seed}-100000-run-{seed}", 20, seed=seed)
+    book = notebook(f"import nbtune as nt\nnt.runs({str(tmp_path)!r})")
+    NotebookClient(book, timeout=60).execute()
+    (output,) = book.cells[0].outputs
+    assert "application/vnd.jupyter.widget-view+json" in output.data
+    assert output.data["text/html"].count("<tr>") == 3
+    assert output.data["text/html"].count("<polyline") == 2
+    assert "run-1" in output.data["text/html"]
 
 
 def test_the_live_charts_are_folded_away(saved):

@@ -108,7 +108,7 @@ def plain(facts: Sequence[Facts]) -> str:
     head = line("th", [column.name for column in COLUMNS])
     body = "".join(line("td", [column.cell(fact) for column in COLUMNS]) for fact in facts)
     look = "border:0;border-collapse:collapse;font-size:13px"
-    return f'<table style="{look}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table style="{look}"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
 
 def compared(names: Sequence[str], difference: dict[str, list[Any]]) -> str:
