@@ -1,6 +1,5 @@
 """The wizard in plain Python: values set, buttons clicked, numbers read. The model is the real one, without weights."""
 
-import json
 import threading
 import time
 
@@ -13,6 +12,7 @@ from nbtune.errors import RunError
 from nbtune.peft.config import PeftType
 from nbtune_widgets import Wizard
 from nbtune_widgets._worker import Worker
+from nbtune_widgets.method import RECIPES
 
 SECONDS = 180  # the first look at a model imports transformers
 
@@ -29,8 +29,8 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def wizard(shared):
     shared.form.load(nt.RunSpec(tracking={"mlflow": False}))
+    shared.frame.go(2)  # the method's page: the model's plans every precision again
     shared.choose_method("LORA")
-    shared.go(0)
     shared.wait(SECONDS)
     return shared
 
@@ -52,8 +52,9 @@ def test_it_is_on_the_screen_at_once():
 
 def test_it_says_what_the_model_and_the_machine_are(wizard):
     assert wizard.error is None
-    assert "134,515,008" in wizard._model_card.value
-    assert "8,192 tokens" in wizard._model_card.value
+    facts = wizard.model_page.facts.value
+    for text in ("134,515,008", "8,192 tokens", "apache-2.0", "its own", "LlamaForCausalLM"):
+        assert text in facts
     for part in ("cores", "GB free", "GPU"):
         assert part in wizard.frame.machine.value
     assert "base weights" in wizard.frame.plan.value
@@ -76,8 +77,9 @@ def test_clicks_on_the_map_become_settings_and_numbers(wizard):
     wizard.wait(SECONDS)
     assert wizard.spec.method.layers_to_transform == list(range(15, 30))
     assert "45 of 210 modules" in wizard.picker.summary.value
-    assert wizard.picker._cells["q_proj"].value.count("nt-on") == 15
-    assert wizard.picker._cells["o_proj"].value.count("nt-on") == 0
+    shown = {row["label"]: row["cells"] for row in wizard.picker.map.rows}
+    assert shown["q_proj"] == "0" * 15 + "1" * 15
+    assert shown["o_proj"] == "0" * 30
     wizard.fields["method.r"].value = 16
     wizard.wait(SECONDS)
     assert "645,120 trainable" in wizard.picker.summary.value  # 15 x 16 x (2 x 576 + 2 x 768)
@@ -111,19 +113,22 @@ def test_the_last_kind_cannot_be_taken_away(wizard):
 
 
 def test_full_training_has_no_modules_to_pick(wizard):
-    wizard.methods["full"].click()
+    wizard.method_page.methods["full"].click()
     wizard.wait(SECONDS)
     assert wizard.spec.method == "full"
-    assert wizard._modules.layout.display == "none"
-    wizard.methods["LORA"].click()
+    assert wizard.method_page.modules.layout.display == "none"
+    wizard.method_page.methods["LORA"].click()
     assert wizard.spec.method == nt.LoraConfig(target_modules="all-linear")
 
 
 @pytest.mark.parametrize("kind", [*PeftType, "full"])
 def test_every_method_is_a_card_in_its_family_with_a_form(wizard, kind):
-    wizard.methods[kind].click()
-    assert wizard.methods[kind] in wizard._cards.children
-    assert wizard.families.value == ("full" if kind == "full" else PeftType(kind).family)
+    wizard.method_page.methods[kind].click()
+    page = wizard.method_page
+    if kind in [recipe.method for recipe in RECIPES]:  # found under its common name
+        page.families.value = PeftType(kind).family
+    assert page.methods[kind] in page.cards.children
+    assert page.families.value == ("full" if kind == "full" else PeftType(kind).family)
     needed = {"C3A": {"block_size": 64}, "VBLORA": {"vector_length": 64}, "TRAINABLE_TOKENS": {"token_indices": [5]}}
     for name, value in needed.get(kind, {}).items():
         wizard.fields[f"method.{name}"].control.value = str(value)
@@ -136,26 +141,28 @@ def test_every_method_is_a_card_in_its_family_with_a_form(wizard, kind):
     assert "base weights" in wizard.frame.plan.value
     if kind == "full":
         return
-    assert wizard._method_fields.children == (wizard.form.method_group.widget,)
+    assert page._fields.children == (wizard.form.method_group.widget,)
     assert f"{nt.plan(spec).trained_parameters:,} trainable parameters" in wizard.picker.summary.value
     adapts_linears = kind not in ("LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
-    assert (wizard.picker.map.layout.display is None) == adapts_linears
+    assert (wizard.picker.choosing.layout.display is None) == adapts_linears
     assert ("of 210 modules" in wizard.picker.summary.value) == adapts_linears
 
 
 def test_the_cards_are_in_families(wizard):
     shown = []
-    for family in wizard.families.options:
-        wizard.families.value = family[1]
-        shown += [button.description.partition("\n")[0] for button in wizard._cards.children]
-    assert len(shown) == len(PeftType) + 1
-    assert shown[:2] == ["LoRA", "AdaLoRA"]
+    page = wizard.method_page
+    for _, family in page.families.options:
+        page.families.value = family
+        shown += [button.description.partition("\n")[0] for button in page.cards.children]
+    common = ["LoRA", "QLoRA 4-bit", "DoRA", "AdaLoRA", "OFT", "IA3"]
+    assert shown[: len(common)] == common
+    assert len(shown) == len(common) + len(PeftType) + 1
     assert wizard.form.method == "LORA"  # only looked
-    assert len({button.description for button in wizard.methods.values()}) == len(shown)
+    assert len({button.description for button in page.methods.values()}) == len(PeftType) + 1
 
 
 def test_a_setting_that_does_not_suit_the_model_is_said_at_its_field(wizard):
-    wizard.methods["C3A"].click()
+    wizard.method_page.methods["C3A"].click()
     wizard.fields["method.block_size"].control.value = "256"  # the default
     wizard.wait(SECONDS)
     field = wizard.fields["method.block_size"]
@@ -168,7 +175,7 @@ def test_a_setting_that_does_not_suit_the_model_is_said_at_its_field(wizard):
     wizard.wait(SECONDS)
     assert field.error == ""
     assert not any(pill.description.startswith("! ") for pill in wizard.frame.pills)
-    wizard.methods["LORA"].click()
+    wizard.method_page.methods["LORA"].click()
     wizard.fields["method.rank_pattern"].control.value = "q_porj: 4"  # an advanced one, folded away
     wizard.wait(SECONDS)
     assert "q_proj" in wizard.fields["method.rank_pattern"].error
@@ -194,21 +201,6 @@ def test_quantisation_changes_the_plan_and_cannot_be_two(wizard):
     assert wizard.fields["model.load_in_4bit"].error == ""
 
 
-def test_the_data_step_shows_a_row_with_its_loss(wizard, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"instruction": f"Say <b>{n}</b>.", "output": f"It is {n}."} for n in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wizard.set(data=str(path))
-    wizard.frame.pills[1].click()
-    wizard.wait(SECONDS)
-    card = wizard._data_card.value
-    assert "form: alpaca" in card
-    assert "19 train · 1 held out" in card
-    assert '<span class="nt-t1">It is ' in card
-    assert "Say &lt;b&gt;" in card  # shown, not interpreted
-    assert '<span class="nt-tE">&lt;|im_end|&gt;' in card
-
-
 def test_bad_data_is_said_with_its_remedy_and_forgotten_when_mended(wizard, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
@@ -216,69 +208,43 @@ def test_bad_data_is_said_with_its_remedy_and_forgotten_when_mended(wizard, tmp_
     wizard.fields["data.source"].value = str(path)
     wizard.wait(SECONDS)
     assert "line 2" in wizard.frame.notice.value
-    assert wizard._data_card.value == ""
+    assert wizard.data_page.facts.value == ""
     wizard.fields["data.source"].value = "stdlib-docs"
     wizard.wait(SECONDS)
     assert wizard.frame.notice.value == ""
-    assert "form: messages" in wizard._data_card.value
+    assert "held out" in wizard.data_page.facts.value
 
 
 def test_an_unknown_model_is_said(wizard):
     wizard.fields["model.name"].value = "no-such-model"
     wizard.wait(SECONDS)
     assert "no-such-model" in wizard.frame.notice.value
-    assert wizard._model_card.value == ""
+    assert wizard.model_page.facts.value == ""
     wizard.fields["model.name"].value = "smollm2-135m-instruct"
     wizard.wait(SECONDS)
     assert wizard.frame.notice.value == ""
-    assert "LlamaForCausalLM" in wizard._model_card.value
+    assert "LlamaForCausalLM" in wizard.model_page.facts.value
 
 
 def test_review_lists_problems_and_leads_to_the_setting(wizard):
     wizard.set(max_length=100_000)
     wizard.go(4)
     wizard.wait(SECONDS)
-    found = wizard._problems.children
+    found = wizard.review_page.problems.children
     texts = [box.children[0].value if isinstance(box, ipywidgets.HBox) else box.value for box in found]
     assert any("context of 8192" in text.replace(",", "") for text in texts)
-    next(box for box in found if isinstance(box, ipywidgets.HBox)).children[1].click()
-    assert wizard.frame.step == 3
+    (button,) = next(box for box in found if isinstance(box, ipywidgets.HBox)).children[1:]
+    assert button.description == "shorten to 8,192"
+    button.click()
+    wizard.wait(SECONDS)
+    assert wizard.spec.training.max_length == 8192
+    assert "100,000 →" in wizard.frame.told.value
+    wizard.frame.undo.click()
+    assert wizard.spec.training.max_length == 100_000
     wizard.set(max_length=128)
     wizard.go(4)
     wizard.wait(SECONDS)
-    assert "Nothing stands in the way" in wizard._problems.children[0].value
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"max_steps": 5, "learning_rate": 1e-3},
-        {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [3, 4, 5, 6, 7], "mlflow": True},
-        {"method": nt.OFTConfig(oft_block_size=8, target_modules=["q_proj"])},
-        {"method": nt.PrefixTuningConfig(num_virtual_tokens=7)},
-        {"method": "full", "dtype": "float32", "eval_fraction": 0.1},
-    ],
-)
-def test_the_python_it_shows_makes_the_same_spec(wizard, changes):
-    import html
-
-    wizard.set(**changes)
-    wizard.wait(SECONDS)
-    wizard.echo.value = "Python"
-    wizard._show_code()
-    program = html.unescape(wizard._code.value).removeprefix("<pre>").removesuffix("</pre>").partition("run = ")[0]
-    names = {}
-    exec(program, names)
-    assert names["spec"] == wizard.spec
-
-
-def test_the_yaml_it_shows_is_the_spec(wizard):
-    wizard.echo.value = "YAML"
-    assert "learning_rate: 0.0002" in wizard._code.value
-    wizard.echo.value = "command"
-    assert "nbtune train spec.yaml" in wizard._code.value
-    wizard.echo.value = "Python"
+    assert "Nothing stands in the way" in wizard.review_page.problems.children[0].value
 
 
 def test_an_error_of_a_click_is_shown_and_kept(wizard, monkeypatch):
