@@ -32,14 +32,10 @@ def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
     from nbtune.kernels.casts import casts_kept
     from nbtune.models import load
     from nbtune.peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from nbtune.plan import plan
-    from nbtune.spec import ModelSpec, RunSpec
+    from nbtune.spec import ModelSpec
     from nbtune.train.loss import CausalLMLoss
     from nbtune.train.memory import trim_heap
 
-    layout = {"per_device_train_batch_size": blocks.shape[1], "max_length": blocks.shape[2]}
-    spec = {"model": {"name": model, "dtype": dtype}, "method": SETTINGS, "training": layout}
-    planned = plan(RunSpec.from_dict(spec).updated(gradient_accumulation_steps=1)).peak_bytes
     loaded = load(ModelSpec(name=model, dtype=dtype), for_training=True)  # pyright: ignore[reportArgumentType]
     adapted = get_peft_model(loaded.model, LoraConfig(**SETTINGS))
     set_peft_model_state_dict(adapted, first_weights(get_peft_model_state_dict(adapted)))
@@ -56,7 +52,7 @@ def ours(model: str, dtype: str, blocks: np.ndarray) -> Iterator[Values]:
                 ).loss
                 loss.backward()
             if loaded.device.type == "cpu":
-                trim_heap(above=planned)
+                trim_heap()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()

@@ -18,7 +18,7 @@ SPEC = """
 model: smollm2-135m-instruct
 data: {{source: {data}, eval_fraction: 0.2}}
 method: {{r: 4, target_modules: [q_proj]}}
-training: {{max_steps: 3, max_length: 64, eval_steps: 0, gradient_accumulation_steps: 1}}
+training: {{max_steps: 3, max_length: 64, eval_steps: 0, eval_samples: 0, gradient_accumulation_steps: 1}}
 """
 
 

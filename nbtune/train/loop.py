@@ -128,8 +128,7 @@ def train(
                 penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
                 accelerator.backward(output.loss if penalty is None else output.loss + penalty)
                 if device.type == "cpu":
-                    # Where every weight is trained, gradients as large as they are leave holes too large to keep.
-                    trim_heap(above=room.planned_bytes if adapted is not None else 0)
+                    trim_heap()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

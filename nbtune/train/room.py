@@ -37,10 +37,6 @@ class Room:
         self.most_tokens: int | None = None  # in a micro-batch; None is no bound
         checkpoint_blocks(model, self.checkpointed)
 
-    @property
-    def planned_bytes(self) -> int:
-        return self._planned.peak_bytes
-
     def micro_batches(self, batches: list[Batch]) -> list[Batch]:
         """The same examples in micro-batches that are small enough, as far as whole examples allow."""
         return [part for batch in batches for part in self._parts(batch)]

@@ -114,7 +114,14 @@ def test_the_plan_counts_what_peft_trains(kind, tiny_folder):
 
 @pytest.mark.parametrize("kind", {kind.family: kind for kind in PeftType}.values())
 def test_a_run_trains_one_of_each_family_and_its_adapter_loads_again(kind, tiny_folder, tmp_path):
-    training = {"max_steps": 2, "max_length": 64, "learning_rate": 1e-2, "eval_steps": 0, "save_steps": 0}
+    training = {
+        "max_steps": 2,
+        "max_length": 64,
+        "learning_rate": 1e-2,
+        "eval_steps": 0,
+        "eval_samples": 0,
+        "save_steps": 0,
+    }
     spec = spec_of(kind, TINY[kind], {"name": str(tiny_folder), "dtype": "float32"}, training=training)
     run = nt.train(spec, runs_dir=tmp_path).wait()
     assert run.status == "finished"

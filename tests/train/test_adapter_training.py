@@ -20,7 +20,7 @@ ROWS = [
 ]
 TRAINING = {
     "max_steps": 4, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
-    "eval_steps": 0, "save_steps": 1, "learning_rate": 1e-3,
+    "eval_steps": 0, "eval_samples": 0, "save_steps": 1, "learning_rate": 1e-3,
 }  # fmt: skip
 TARGETS = ["q_proj", "down_proj"]
 RUNS = {

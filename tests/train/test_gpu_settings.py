@@ -16,7 +16,7 @@ from nbtune.spec import ModelSpec, RunSpec
 ROWS = [{"instruction": f"Say {word}.", "output": word * 3} for word in "zero one two three four five".split()]
 SHORT = {
     "max_steps": 4, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
-    "eval_steps": 0, "save_steps": 2, "learning_rate": 1e-2,
+    "eval_steps": 0, "eval_samples": 0, "save_steps": 2, "learning_rate": 1e-2,
 }  # fmt: skip
 
 

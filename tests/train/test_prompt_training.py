@@ -159,7 +159,7 @@ ROWS = [
 ]
 TRAINING = {
     "max_steps": 3, "max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-    "eval_steps": 0, "save_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+    "eval_steps": 0, "eval_samples": 0, "save_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
 }  # fmt: skip
 
 

@@ -24,7 +24,14 @@ def spec(**parts):
     return RunSpec(
         data=ROWS,
         method=nt.LoraConfig(r=2, target_modules=["v_proj"]),
-        training={"max_steps": 3, "max_length": 64, "gradient_accumulation_steps": 1, "eval_steps": 0, "save_steps": 2},
+        training={
+            "max_steps": 3,
+            "max_length": 64,
+            "gradient_accumulation_steps": 1,
+            "eval_steps": 0,
+            "eval_samples": 0,
+            "save_steps": 2,
+        },
         **parts,
     ).updated(eval_fraction=0.2)
 
