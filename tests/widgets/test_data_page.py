@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import ipywidgets
 import numpy as np
 import pytest
 
@@ -26,8 +27,6 @@ class Bench:
     """A page over a real form: what it asks for is done at once, what it changes is read at once."""
 
     def __init__(self, **start):
-        import ipywidgets
-
         self.form = SpecForm(lambda part, name: None)
         self.error = None
 
@@ -270,6 +269,17 @@ def test_a_recipe_of_the_settings_fills_the_list(bench):
     assert bench.page.recipe.lines.values == bench.spec.data.recipe
 
 
+def test_lines_that_are_taken_away_leave_no_widgets_behind(bench):
+    instances = ipywidgets.widgets.widget._instances
+    before = len(instances)
+    for _ in range(2):
+        bench.page.recipe.add("sample")
+        bench.page.mix.add_button.click()
+        bench.page.recipe.lines.lines[0].remove.click()
+        bench.page.mix.lines.lines[0].remove.click()
+    assert len(instances) == before
+
+
 def test_sources_are_mixed_by_weight(bench):
     bench.page.mix.add_button.click()
     (line,) = bench.page.mix.lines.lines
@@ -320,6 +330,37 @@ def test_a_template_is_tried_on_the_row_before_it_is_used(bench):
     assert bench.spec.model.chat_template == changed
     assert template.choice.value == "your own text"
     assert "<|im_start|>the user" in plain(bench.page.preview.text.value)
+
+
+def test_a_model_without_template_gets_a_choice_of_standard_ones(bench):
+    bench.page._tokenizer.chat_template = None  # as of a base model; it is kept until another model is named
+    bench.read()
+    assert bench.error.title == "The model has no chat template"
+    template = bench.page.template
+    assert template.choice.options == ("none: choose one", "chatml", "llama3", "gemma", "mistral", "phi3", "zephyr")
+    assert bench.page.doors.buttons["chat template"].value
+    (warning,) = bench.page.warnings.children
+    assert "has no chat template" in plain(warning.children[0].value)
+    template.choice.value = "zephyr"
+    assert bench.error is None
+    assert bench.spec.model.chat_template == "zephyr"
+    assert "<|user|>\nSay <b>1</b>." in plain(bench.page.preview.text.value).replace("↵", "")
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each(bench):
+    turns = [("user", "One?"), ("assistant", "<think>1</think>1"), ("user", "Two?"), ("assistant", "<think>2</think>2")]
+    bench.change({"data": [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 8}, "")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    bench.change({"model.chat_template": template}, "")
+    assert len(bench.page.report.lengths) == 2 * bench.page.report.kept
+    shown = plain(bench.page.preview.text.value)
+    assert "example 1 of 2" in shown
+    assert "example 2 of 2" in shown
+    assert "✗earlier turns stay as they are" in plain(bench.page.template.checks.value)
 
 
 def test_a_table_of_the_notebook_is_data(bench, monkeypatch):

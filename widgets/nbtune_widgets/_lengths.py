@@ -25,7 +25,7 @@ def histogram(lengths: npt.NDArray[np.int32], max_length: int) -> str:
             edges[:-1], edges[1:], counts, [False] * (len(counts) - 1) + [True], strict=True
         )
     )
-    half = f"half under {np.median(lengths):,.0f}"
+    half = f"half up to {np.median(lengths):,.0f}"
     told = (
         f"{len(lengths):,} example{'s' if len(lengths) > 1 else ''} of {lengths.min():,} to {lengths.max():,} tokens, "
         f"{half}; cut at {max_length:,}"

@@ -30,9 +30,9 @@ class Line:
         self.cls = cls
         self._given = values
         self._touched = bool(values)  # before, nothing is wrong yet
-        look = Look()
+        self._look = Look()
         found = {setting.name: setting for setting in model_settings("item", cls) if not _is_kind(setting)}
-        self.fields = {name: Field(found[name], look) for name in names or found}
+        self.fields = {name: Field(found[name], self._look) for name in names or found}
         for name, field in self.fields.items():
             if values.get(name) is not None:
                 field.value = values[name]
@@ -74,7 +74,7 @@ class Line:
 
     def close(self) -> None:
         """Give the widgets back."""
-        dispose(self.widget)
+        dispose(self.widget, *self._look.parts)
 
     def _changed(self) -> None:
         self._touched = True
@@ -100,7 +100,8 @@ class Lines:
         self._on_change = on_change
         self._empty = widgets.HTML(f'<div class="nt-soft nt-small">{empty}</div>')
         self.lines: list[Line] = []
-        self.widget = widgets.VBox([self._empty])
+        self._box = widgets.VBox()
+        self.widget = widgets.VBox([self._empty, self._box])
 
     @property
     def values(self) -> list[pydantic.BaseModel]:
@@ -144,7 +145,8 @@ class Lines:
         self.lines.append(line)
 
     def _draw(self) -> None:
-        self.widget.children = [line.widget for line in self.lines] or [self._empty]
+        self._box.children = [line.widget for line in self.lines]
+        self._empty.layout.display = "none" if self.lines else None
         for place, line in enumerate(self.lines):
             line.up.disabled = place == 0
             line.down.disabled = place == len(self.lines) - 1

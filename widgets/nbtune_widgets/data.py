@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from nbtune.data.report import DataReport
 
 LENGTH, RECIPE = "training.max_length", "data.recipe"
+_UNSHOWN = "The model's chat template cannot show these rows."
+_NO_TEMPLATE = "The model has no chat template, so it does not say how a chat is written."
 CHATML = "chatml"  # the standard template that writes function calls
 
 
@@ -125,7 +127,7 @@ class DataPage:
         self.mix.show(spec.data, self.source.offered)
         if self._tokenizer is not None:
             self.template.show(spec, self._tokenizer, None)
-            self.doors.mark("chat template", self.template.said, wrong=not self._tokenizer.chat_template)
+            self.doors.mark("chat template", self.template.said, wrong=not self._has_template)
         try:
             columns = self._columns(spec)
         except DataError:  # the same, which is said already
@@ -136,9 +138,8 @@ class DataPage:
             self.doors.open("columns")
         elif spec.model.chat_template != CHATML and self._is_shown_by(CHATML, spec):
             use = self._host.button(f"use {CHATML}", lambda: self._host.change({TEMPLATE: CHATML}, "chat template"))
-            replace(
-                self.warnings, [_warning("The model's chat template cannot show these rows.", "Another can.", [use])]
-            )
+            title = _UNSHOWN if self._has_template else _NO_TEMPLATE
+            replace(self.warnings, [_warning(title, f"The standard {CHATML} can.", [use])])
             self.doors.open("chat template")
 
     def _is_shown_by(self, template: str, spec: RunSpec) -> bool:
@@ -199,6 +200,10 @@ class DataPage:
         rows = "1 row is" if report.longer == 1 else f"{report.longer:,} rows are"
         ends = "Its end" if report.longer == 1 else "Their ends"
         return _warning(f"{rows} longer than {report.max_length:,} tokens.", f"{ends} would be cut.", buttons)
+
+    @property
+    def _has_template(self) -> bool:
+        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
 
     @property
     def _context(self) -> int:

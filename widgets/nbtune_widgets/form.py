@@ -50,6 +50,11 @@ class Look:
         self.check = CheckboxStyle(description_width=LABEL_WIDTH)
         self.description = DescriptionStyle(description_width=LABEL_WIDTH)
 
+    @property
+    def parts(self) -> list[widgets.Widget]:
+        """All of them, to be given back: some are on no field yet."""
+        return list(vars(self).values())
+
 
 class Field:
     """One setting on the screen. `value` is the Python value; setting it, or typing, checks it and calls on_change."""

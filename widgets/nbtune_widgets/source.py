@@ -29,13 +29,13 @@ class SourcePicker:
         self._names: dict[str, str] = {}  # source of rows in memory -> what a person calls them
         self.offered: list[str] = []  # what the line completes
         self.buttons: dict[str, widgets.Button] = {}  # by source, or by the name of a table
-        self._offers = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
+        self._offers = widgets.HBox([self.open_paste], layout=widgets.Layout(flex_flow="row wrap"))
         self._offers.add_class("nt-sources")
         self.paste = widgets.Textarea(
             placeholder='Rows to paste: JSON, JSON lines, CSV with a line of column names, or plain text',
             rows=6, layout=widgets.Layout(width="auto"), continuous_update=False)  # fmt: skip
         self.use = host.button("Use these rows", self.use_pasted)
-        self.open_paste = host.button("Paste rows …", self._toggle_paste, "A box for rows that are in no file")
         self._pasting = widgets.VBox([self.paste, self.use], layout=widgets.Layout(display="none"))
         self._pasting.add_class("nt-panel")
         self.widget = widgets.VBox([form.fields[SOURCE].widget, self._offers, self._pasting])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pydantic
-from ipywidgets import DOMWidget
+from ipywidgets import Widget
 
 from nbtune.errors import SpecError
 from nbtune.peft.config import PeftConfig
@@ -71,11 +71,11 @@ class SpecForm:
         return {path: fields[path] for path in PICKED if path in fields}
 
     @property
-    def widgets(self) -> list[DOMWidget]:
-        """Every widget of the form, also of the methods that were chosen before."""
+    def widgets(self) -> list[Widget]:
+        """Every widget of the form, also of the methods that were chosen before, and the looks that they share."""
         groups = (*self.groups.values(), *self._method_groups.values())
         picked = (fields[path] for fields in self._of_method.values() for path in PICKED if path in fields)
-        return [part.widget for part in (*groups, *picked)]
+        return [*(part.widget for part in (*groups, *picked)), *self._look.parts]
 
     @property
     def spec(self) -> RunSpec:

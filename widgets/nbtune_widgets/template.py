@@ -55,7 +55,7 @@ class TemplateEditor:
             layout=widgets.Layout(width="290px"))  # fmt: skip
         self.choice.observe(host.act(self._chosen), names="value")
         self.about, self.checks = widgets.HTML(layout=widgets.Layout(flex="1 1 200px", min_width="0")), widgets.HTML()
-        self.text = widgets.Textarea(rows=14, layout=widgets.Layout(width="auto", flex="1 1 380px", min_width="0"))
+        self.text = widgets.Textarea(rows=10, layout=widgets.Layout(width="auto", flex="1 1 380px", min_width="0"))
         self.text.observe(host.act(self._typed), names="value")
         self.trial = widgets.HTML(layout=widgets.Layout(flex="1 1 320px", min_width="0"))
         self.use = host.button("Use this text", self.use_text, "Write the chats of this run with it")
