@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from nbtune import _files
+from nbtune.train.events import Event
 
 Wish = Literal["go on", "pause", "stop"]
 FILE = ".wish"
+PAUSE_SECONDS = 0.1  # between two questions whether to go on
 
 
 class Control:
@@ -47,3 +51,12 @@ class Control:
 def leave_wish(path: Path, wish: Wish) -> None:
     """Tell the process that trains the run at `path`."""
     _files.write_text(path / FILE, wish)
+
+
+def wait_while(should_pause: Callable[[], bool], step: int, on_event: Callable[[Event], None]) -> None:
+    """Wait, after `step` optimiser steps, as long as `should_pause` says."""
+    on_event({"type": "pause", "step": step})
+    began = time.perf_counter()
+    while should_pause():
+        time.sleep(PAUSE_SECONDS)
+    on_event({"type": "continue", "step": step, "seconds": time.perf_counter() - began})

@@ -28,17 +28,16 @@ from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
 from nbtune.train.compiled import compile_and_time
+from nbtune.train.control import wait_while
 from nbtune.train.events import Event
 from nbtune.train.loss import CausalLMLoss
 from nbtune.train.memory import PeakMemory, release, trim_heap, used_bytes, wait_for
 from nbtune.train.optim import build_optimizer, learning_rate
 from nbtune.train.room import Room, is_out_of_memory
-from nbtune.train.samples import Sampler
+from nbtune.train.samples import Sampler, report_samples
 from nbtune.train.schedule import Schedule
 
 OnEvent = Callable[[Event], None]
-
-PAUSE_SECONDS = 0.1  # between two questions whether to go on
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def train(
         _evaluate(model, held_out, in_precision, step, on_event)
         if sampler is not None:
             with in_precision():
-                _sample(sampler, step, on_event)
+                report_samples(sampler, step, on_event)
 
     loss_model.verify(**_probe(schedule, device))
     if start == 0:
@@ -149,7 +148,7 @@ def train(
     for step in range(start, total_steps):
         if should_pause():
             _save(checkpoints, step, state, optimizer, training, on_event)
-            _pause(step, should_pause, on_event)
+            wait_while(should_pause, step, on_event)
         began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
         num_items = sum(_supervised(batch) for batch in micro_batches)
@@ -231,28 +230,6 @@ def _evaluate(
             "seconds": time.perf_counter() - began,
         }
     )
-
-
-def _sample(sampler: Sampler, step: int, on_event: OnEvent) -> None:
-    """Report what the model answers. That it cannot, is no reason to end the training."""
-    began = time.perf_counter()
-    try:
-        samples = sampler.samples()
-    except Exception as error:  # noqa: BLE001 - see above; the warning says it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        on_event({"type": "warning", "message": f"There are no samples at step {step}: {reason}"})
-        return
-    if samples:
-        on_event({"type": "samples", "step": step, "samples": samples, "seconds": time.perf_counter() - began})
-
-
-def _pause(step: int, should_pause: Callable[[], bool], on_event: OnEvent) -> None:
-    """Wait, after `step` optimiser steps, as long as `should_pause` says."""
-    on_event({"type": "pause", "step": step})
-    began = time.perf_counter()
-    while should_pause():
-        time.sleep(PAUSE_SECONDS)
-    on_event({"type": "continue", "step": step, "seconds": time.perf_counter() - began})
 
 
 def _save(

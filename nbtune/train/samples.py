@@ -23,6 +23,7 @@ from nbtune.infer.text import prompt_tokens, stop_tokens
 from nbtune.modules.base import evaluating
 from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
+from nbtune.train.events import Event
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,6 +117,19 @@ class Sampler:
         return generator.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=[stop]
         )
+
+
+def report_samples(sampler: Sampler, step: int, on_event: Callable[[Event], None]) -> None:
+    """Report what the model answers. That it cannot, is no reason to end the training."""
+    began = time.perf_counter()
+    try:
+        samples = sampler.samples()
+    except Exception as error:  # noqa: BLE001 - see above; the warning says it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        on_event({"type": "warning", "message": f"There are no samples at step {step}: {reason}"})
+        return
+    if samples:
+        on_event({"type": "samples", "step": step, "samples": samples, "seconds": time.perf_counter() - began})
 
 
 @contextmanager
