@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nbtune.data import Batch
@@ -27,6 +26,7 @@ from nbtune.models.training import precision
 from nbtune.peft import PeftModel
 from nbtune.spec import TrainingSpec
 from nbtune.train import checkpoint
+from nbtune.train.accelerator import own_accelerator
 from nbtune.train.compiled import compile_and_time
 from nbtune.train.control import wait_while
 from nbtune.train.events import Event
@@ -67,7 +67,7 @@ def train(
     """Train what requires gradients in `loss_model`, from the newest checkpoint under `checkpoints` if there is one.
 
     Args:
-        loss_model: The model and its loss, on the CPU or the device that `accelerate` chooses.
+        loss_model: The model and its loss, on the device to train on.
         adapted: The same model with its adapter; None where every weight is trained.
         schedule: The training batches of every step.
         held_out: The held-out batches; may be empty.
@@ -84,8 +84,8 @@ def train(
     Raises:
         NbtuneError: The loss is no longer a number, or one example is too much for the memory.
     """
-    accelerator = Accelerator()
-    device = accelerator.device
+    accelerator = own_accelerator()
+    device = next(loss_model.parameters()).device
     optimizer = build_optimizer(loss_model, adapted, training)
     parameters = {name: p for name, p in loss_model.named_parameters() if p.requires_grad}
     # What AdaLoRA remembers of the steps so far.
