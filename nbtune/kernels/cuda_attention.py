@@ -113,7 +113,8 @@ def _compiled_flex() -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=16)
 def _cap(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    bound = torch.tensor(softcap, device=device)  # flex attention's compiler takes tensors from outside, but no floats
+    # Flex attention's compiler takes tensors from outside, but no floats.
+    bound = torch.tensor(softcap, dtype=torch.float32, device=device)
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         return bound * torch.tanh(score / bound)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbtune.models.licence import licence
-from nbtune.models.loader import clear_errors
+from nbtune.models.loader import building
 from nbtune.models.source import OnStatus, Source, fetch, ignore_status, resolve
 from nbtune.spec import ModelSpec
 
@@ -91,10 +91,13 @@ def _skeleton(source: Source, folder: Path, spec: ModelSpec) -> PreTrainedModel:
 
     from nbtune._transformers import AutoConfig, AutoModelForCausalLM
 
-    with clear_errors(source):
+    with building(source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            # In torch's default dtype: another one would be the default of a training thread for that time.
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.get_default_dtype(), trust_remote_code=spec.trust_remote_code
+            )
 
 
 def _linear_modules(model: PreTrainedModel) -> tuple[ModuleInfo, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,11 @@ from nbtune.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# While transformers builds a model, torch's default dtype and the functions that initialise weights are others, in all
+# threads: two that build at once get parameters of each other's dtype.
+_building = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ def _read_model(
     from nbtune.modules.quantised import is_quantised, keep_unpacked
 
     quantised = spec.quantised_bytes is not None
-    with clear_errors(source), _no_progress_bars():
+    with building(source), _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -148,6 +154,13 @@ def _check_memory(source: Source, folder: Path, spec: ModelSpec, dtype: torch.dt
             + (", dtype bfloat16" if dtype.itemsize > 2 else "")
             + (" or load_in_4bit." if not spec.load_in_4bit else "."),
         )
+
+
+@contextmanager
+def building(source: Source) -> Iterator[None]:
+    """Around what makes a model: one at a time in a process, and with clear errors."""
+    with _building, clear_errors(source):
+        yield
 
 
 @contextmanager

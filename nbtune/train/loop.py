@@ -116,7 +116,7 @@ def train(
         """Add up the gradients of a step: its loss, correct tokens and entropy [3]; or the batch in which memory ran
         out; or None if asked to stop.
         """
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(3, dtype=torch.float32, device=device)
         for index, batch in enumerate(batches):
             if should_stop():
                 return None

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from nbtune.errors import ModelError
-from nbtune.models import compute_dtype, describe, load, load_tokenizer, machine
+from nbtune.models import compute_dtype, describe, load, load_tokenizer, machine, skeleton
 from nbtune.models import loader as loader_module
 from nbtune.spec import ModelSpec
 
@@ -55,6 +56,27 @@ def test_folder(tiny_folder):
     assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "</s>"
     assert loaded.model.config._name_or_path == str(tiny_folder)
     assert logging.is_progress_bar_enabled()
+
+
+def test_models_built_in_two_threads_do_not_get_each_others_precision(tiny_folder):
+    """A form draws skeletons while the run that it started loads the weights."""
+    done, seen = threading.Event(), set()
+
+    def draw():
+        while not done.is_set():
+            seen.update(parameter.dtype for parameter in skeleton(spec(tiny_folder)).parameters())
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    try:
+        for _ in range(15):
+            loaded = load(spec(tiny_folder, dtype="bfloat16"), device="cpu")
+            assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    finally:
+        done.set()
+        drawing.join()
+    assert seen == {torch.float32}
+    assert torch.get_default_dtype() is torch.float32
 
 
 def test_nothing_is_printed(tiny_folder, capfd):

@@ -176,9 +176,9 @@ def test_a_setting_that_does_not_suit_the_model_is_said_at_its_field(wizard):
     assert field.error == ""
     assert not any(pill.description.startswith("! ") for pill in wizard.frame.pills)
     wizard.method_page.methods["LORA"].click()
-    wizard.fields["method.rank_pattern"].control.value = "q_porj: 4"  # an advanced one, folded away
+    wizard.fields["method.modules_to_save"].control.value = "q_porj"  # an advanced one, folded away
     wizard.wait(SECONDS)
-    assert "q_proj" in wizard.fields["method.rank_pattern"].error
+    assert "q_proj" in wizard.fields["method.modules_to_save"].error
     assert wizard.form.method_group._more.layout.display is None
 
 
@@ -279,7 +279,7 @@ def test_start_shows_the_run_and_refuses_a_second(runs_dir, tmp_path):
     assert wizard.run.spec.training.max_steps == 40
     assert wizard.view.widget in wizard.frame.run_box.children
     assert wizard.frame.form.layout.display == "none"
-    assert wizard.compare_button.layout.display == "none"
+    assert (wizard.compare_button.layout.display, wizard.run.status) == ("none", "running")
     with pytest.raises(RunError, match="still running"):
         wizard.start()
     deadline = time.monotonic() + SECONDS
@@ -316,4 +316,23 @@ def test_worker_does_the_latest_of_one_key_in_order():
     go.set()
     worker.wait(10)
     assert done == [2, ("b", "division by zero")]
+    worker.close()
+
+
+def test_worker_does_idle_work_last_and_forgets_what_waits():
+    done, go = [], threading.Event()
+    worker = Worker("test", lambda text: None, lambda key, error: done.append(error))
+    worker.ask("first", "", go.wait)
+    worker.ask("later", "", lambda: done.append("later"), idle=True)
+    worker.ask("soon", "", lambda: done.append("soon"))
+    go.set()
+    worker.wait(10)
+    go.clear()
+    worker.ask("first", "", go.wait)
+    worker.ask("never", "", lambda: done.append("never"))
+    worker.ask("nor this", "", lambda: done.append("nor this"), idle=True)
+    worker.forget()
+    go.set()
+    worker.wait(10)
+    assert done == ["soon", "later"]
     worker.close()

@@ -23,7 +23,7 @@ class Worker:
         self._on_error = on_error
         self._asked: dict[str, tuple[str, Callable[[], object]]] = {}
         self._idle: dict[str, tuple[str, Callable[[], object]]] = {}  # for when nothing else is asked
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # of a lock that its holder may take again
         self._busy = False
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -51,13 +51,18 @@ class Worker:
                 keys = ", ".join([*self._asked, *self._idle])
                 raise TimeoutError(f"still at work after {timeout} s: {keys or 'on its last task'}")
 
+    def forget(self) -> None:
+        """Forget what waits: something has come that needs the machine."""
+        with self._changed:
+            self._asked.clear()
+            self._idle.clear()
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Forget what waits; the thread ends after what it is doing."""
         with self._changed:
             self._closed = True
-            self._asked.clear()
-            self._idle.clear()
-            self._changed.notify_all()
+            self.forget()
 
     @property
     def _waiting(self) -> bool:

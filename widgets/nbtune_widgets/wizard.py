@@ -139,6 +139,7 @@ class Wizard:
         """Start the run that the form describes and show it. Raises NbtuneError where it cannot be started."""
         from nbtune.run import train
 
+        self._worker.forget()  # nobody looks at the form now
         # Two threads that import from transformers for the first time find it half made ("cannot import AutoConfig").
         self._worker.wait()
         if self.run is not None and self.run.status == "running":
