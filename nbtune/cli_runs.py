@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from nbtune.errors import NbtuneError
@@ -37,31 +38,12 @@ def runs(
     if context.invoked_subcommand is not None:
         context.default_map = {context.invoked_subcommand: {"runs_dir": runs_dir}}
         return
-    from nbtune.plan import format_bytes
     from nbtune.run import runs as known
 
-    table = Table(box=None, header_style="bold")
-    for column in ("run", "loss", "status", "method", "model", "data", "steps", "held out", "tokens/s", "peak"):
-        right = column in ("steps", "tokens/s", "peak")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
     found = [(run, run.summary()) for run in known(_folder(runs_dir))]
-    for run, summary in sorted(found, key=lambda pair: _sort_key(sort, *pair)):
-        before, after, peak = (summary[key] for key in ("eval_loss_before", "eval_loss_after", "measured_peak_bytes"))
-        speed, label = summary["train_tokens_per_second"], run.about.label
-        table.add_row(
-            f"{run.id} [bold]{escape(label)}[/]" if label else run.id,
-            _spark([event["loss"] for event in run.events() if event["type"] == "train"]),
-            run.status,
-            summary["method"],
-            summary["model"],
-            summary["data"],
-            f"{summary['steps']}/{summary['total_steps'] or '?'}",
-            f"{before:.3f} → {after:.3f}" if before is not None else "",
-            f"{speed:,.0f}" if speed else "",
-            format_bytes(peak) if peak else "",
-        )
-    if table.row_count:
-        console.print(table)
+    rows = [_row(run, summary) for run, summary in sorted(found, key=lambda pair: _sort_key(sort, *pair))]
+    if rows:
+        _print(_fitting(rows))
     else:
         console.print(f"No runs in {_folder(runs_dir)}. `nbtune demo` or `nbtune train SPEC.yaml` makes one.")
 
@@ -99,7 +81,10 @@ def diff(run_ids: RunIds, runs_dir: RunsDir = None) -> None:
     table = Table("setting", *(escape(run.name) for run in chosen), box=None, header_style="bold")
     for path, values in difference(chosen).items():
         table.add_row(path, *("–" if value is None else escape(str(value)) for value in values))
-    console.print(table if table.row_count else "Their settings are the same.")
+    if table.row_count:
+        _print(table)
+    else:
+        console.print("Their settings are the same.")
 
 
 @runs_app.command()
@@ -162,6 +147,51 @@ def _open(run_id: str, runs_dir: Path | None) -> Run:
     from nbtune.run import Run
 
     return Run.open(run_id, runs_dir=_folder(runs_dir))
+
+
+def _row(run: Run, summary: dict[str, Any]) -> dict[str, str]:
+    from nbtune.plan import format_bytes
+
+    before, after, peak = (summary[key] for key in ("eval_loss_before", "eval_loss_after", "measured_peak_bytes"))
+    speed, label = summary["train_tokens_per_second"], run.about.label
+    return {
+        "run": f"{run.id} [bold]{escape(label)}[/]" if label else run.id,
+        "loss": _spark([event["loss"] for event in run.events() if event["type"] == "train"]),
+        "status": run.status,
+        "method": summary["method"],
+        "model": escape(summary["model"]),
+        "data": escape(summary["data"]),
+        "steps": f"{summary['steps']}/{summary['total_steps'] or '?'}",
+        "held out": f"{before:.3f} → {after:.3f}" if before is not None else "",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "peak": format_bytes(peak) if peak else "",
+    }
+
+
+def _fitting(rows: list[dict[str, str]]) -> Table:
+    """The rows, without the columns that a terminal has no room for; the more telling ones stay."""
+    columns = list(rows[0])
+    for least in (None, "data", "peak", "tokens/s", "model", "method", "loss"):
+        columns = [column for column in columns if column != least]
+        table = Table(box=None, header_style="bold")
+        for column in columns:
+            table.add_column(
+                column, justify="right" if column in ("steps", "tokens/s", "peak") else "left", no_wrap=True
+            )
+        for row in rows:
+            table.add_row(*(row[column] for column in columns))
+        if not console.is_terminal or _width(table) <= console.width:
+            break
+    return table
+
+
+def _print(table: Table) -> None:
+    """In a terminal as wide as that; in a file or a pipe as wide as it is, for there nothing folds it back."""
+    (console if console.is_terminal else Console(width=_width(table))).print(table)
+
+
+def _width(table: Table) -> int:
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
 def _sort_key(sort: Sort, run: Run, summary: dict[str, Any]) -> tuple[bool, Any]:

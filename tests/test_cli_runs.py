@@ -1,10 +1,13 @@
 """`nbtune runs`, called in this process."""
 
+import io
 import re
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from nbtune import cli_runs
 from nbtune.cli import app
 from nbtune.errors import NbtuneError
 from nbtune.run import Run, runs
@@ -19,7 +22,7 @@ def folder(tmp_path):
 
 
 def call(folder, *arguments, answer=None):
-    done = CliRunner(env={"NBTUNE_RUNS": str(folder), "COLUMNS": "220"}).invoke(app, ["runs", *arguments], input=answer)
+    done = CliRunner(env={"NBTUNE_RUNS": str(folder)}).invoke(app, ["runs", *arguments], input=answer)
     if isinstance(done.exception, NbtuneError):
         raise done.exception
     return done
@@ -36,6 +39,21 @@ def test_the_list_has_curves_and_is_sorted(folder):
     losses = {run.name: run.summary()["eval_loss_after"] for run in runs(folder)}
     by_loss = call(folder, "--sort", "loss").output
     assert sorted(losses, key=losses.get) == sorted(losses, key=by_loss.index)
+
+
+TELLING = ["loss", "method", "data", "tokens/s", "peak"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(200, TELLING), (100, TELLING[:2]), (70, [])])
+def test_a_narrow_terminal_gets_the_telling_columns_whole(folder, monkeypatch, width, shown):
+    screen = io.StringIO()
+    monkeypatch.setattr(cli_runs, "console", Console(file=screen, width=width, force_terminal=True, no_color=True))
+    call(folder)
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "amber-heron" in lines[1]
+    assert re.search(r"\d\.\d{3} → \d\.\d{3}", lines[1])
+    assert [column for column in TELLING if column in lines[0]] == shown
 
 
 def test_names_notes_and_differences(folder):
