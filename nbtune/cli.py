@@ -161,6 +161,8 @@ def ui(
         "127.0.0.1",
         "--port",
         str(port),
+        "--workers",  # one person looks; each of MLflow's four takes as long to start as the first
+        "1",
     ]
     _serve(command)
 

@@ -19,12 +19,10 @@ import json
 import os
 import re
 import threading
-import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -36,22 +34,10 @@ from nbtune.errors import NbtuneError, RunError
 from nbtune.shelf import About
 from nbtune.spec import RunSpec
 from nbtune.train.control import Control, Wish, leave_wish
+from nbtune.train.digest import Progress, Status, last_step, living, log_line, progress, summarise
 from nbtune.train.events import Event, EventLog, EventReader
 
 _training: dict[Path, Run] = {}  # the runs of this process that have a thread
-
-Status = Literal["created", "running", "paused", "stopped", "finished", "failed", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is."""
-
-    step: int
-    total_steps: int | None  # None until the data is read
-    eta_seconds: float | None
-    tokens_per_second: float | None
-    message: str  # what is being done now
 
 
 def default_runs_dir() -> Path:
@@ -164,13 +150,13 @@ class Run:
     def status(self) -> Status:
         events = self.events()
         if self._thread is not None and self._thread.is_alive():
-            return _alive(events)
+            return living(events)
         if events and events[-1]["type"] == "end":
             return events[-1]["status"]
         if self._exception is not None:
             return "failed"
         if self._is_locked():  # by another process
-            return _alive(events)
+            return living(events)
         return "interrupted" if events else "created"
 
     @property
@@ -199,18 +185,7 @@ class Run:
 
     def progress(self) -> Progress:
         """Step, total, time left and what is being done now."""
-        events = self.events()
-        starts = [event for event in events if event["type"] == "start"]
-        steps = [event for event in events if event["type"] == "train"]
-        total = starts[-1]["total_steps"] if starts else None
-        step = steps[-1]["step"] if steps else 0
-        recent = steps[-20:]
-        pace = sum(event["tokens"] / event["tokens_per_second"] for event in recent) / len(recent) if recent else None
-        status = self.status
-        left = (total - step) * pace if status == "running" and total is not None and pace is not None else None
-        return Progress(
-            step, total, left, recent[-1]["tokens_per_second"] if recent else None, _message(status, events)
-        )
+        return progress(self.events(), self.status)
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of `log.txt`."""
@@ -383,7 +358,7 @@ class Run:
         log = (self.path / "log.txt").open("a", encoding="utf-8", buffering=1)
 
         def on_event(event: Event) -> None:
-            log.write(_log_line(events.append(event)) + "\n")
+            log.write(log_line(events.append(event)) + "\n")
 
         try:
             from nbtune.train.session import train_in_folder
@@ -402,7 +377,7 @@ class Run:
             on_event(
                 {
                     "type": "end",
-                    "step": _last_step(self.events()),
+                    "step": last_step(self.events()),
                     "status": "failed",
                     "error": _told(error),
                     "traceback": where,
@@ -426,83 +401,11 @@ class Run:
         lock.release()
 
 
-def summarise(run_id: str, spec: RunSpec, events: list[Event], status: str) -> dict[str, Any]:
-    """The figures of a run from its events. Losses are nats per labelled token; memory is bytes."""
-    start = next((event for event in reversed(events) if event["type"] == "start"), {})
-    steps = [event for event in events if event["type"] == "train"]
-    evals = [event for event in events if event["type"] == "eval"]
-    ends = [event for event in events if event["type"] == "end"]
-    tokens = sum(event["tokens"] for event in steps)
-    seconds = sum(event["tokens"] / event["tokens_per_second"] for event in steps)
-    return {
-        "id": run_id,
-        "status": status,
-        "error": ends[-1].get("error") if ends else None,
-        "model": spec.model.name,
-        "data": spec.data.source,
-        "method": spec.method_name,
-        "steps": steps[-1]["step"] if steps else 0,
-        "total_steps": start.get("total_steps"),
-        "train_loss": steps[-1]["loss"] if steps else None,
-        "eval_loss_before": evals[0]["eval_loss"] if evals else None,
-        "eval_loss_after": evals[-1]["eval_loss"] if evals else None,
-        "train_tokens": tokens,
-        "train_seconds": seconds,
-        "train_tokens_per_second": tokens / seconds if seconds else None,
-        "planned_peak_bytes": start.get("planned_peak_bytes"),
-        "planned_parts": start.get("planned_parts"),
-        "measured_peak_bytes": max((event["peak_memory_bytes"] for event in steps), default=None),
-        "loading_peak_bytes": start.get("loading_peak_bytes"),
-        "micro_batch_size": start.get("micro_batch_size"),
-        "accumulation": start.get("accumulation"),
-        "checkpointed_layers": start.get("checkpointed_layers"),
-        "trainable_parameters": start.get("trainable_parameters"),
-        "total_parameters": start.get("total_parameters"),
-        "started": events[0]["time"] if events else None,
-        "ended": ends[-1]["time"] if ends else None,
-    }
-
-
-def _alive(events: list[Event]) -> Status:
-    """What a run that has a thread is doing. MLflow may warn while it is paused."""
-    last = next((event["type"] for event in reversed(events) if event["type"] != "warning"), None)
-    return "paused" if last == "pause" else "running"
-
-
 def _told(error: BaseException) -> str:
     """The error for a person: title, what happened, remedy, a line each; of others than ours, the name leads."""
     if isinstance(error, NbtuneError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _message(status: Status, events: list[Event]) -> str:
-    """What to say of a run in one line."""
-    last = events[-1] if events else None
-    if status == "failed" and last is not None:
-        return f"failed: {(last.get('error') or '').splitlines()[0] if last.get('error') else 'see the log'}"
-    if status == "running" and last is not None and last["type"] == "status":
-        return last["message"]
-    return status
-
-
-def _log_line(event: Event) -> str:
-    """An event as a line of `log.txt`."""
-    clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-    fields = {key: value for key, value in event.items() if key not in ("time", "type")}
-    if event["type"] in ("status", "warning"):
-        return f"{clock} {'warning: ' if event['type'] == 'warning' else ''}{event['message']}"
-    if event["type"] == "samples":
-        fields["samples"] = len(fields["samples"])
-    fields.pop("traceback", None)
-    shown = "  ".join(
-        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
-    )
-    return f"{clock} {event['type']}: {shown}"
-
-
-def _last_step(events: list[Event]) -> int:
-    return max((event["step"] for event in events if event["type"] == "train"), default=0)
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nbtune.run import Run, runs
+from nbtune import cli
+from nbtune.run import runs
 
 SPEC = """
 model: smollm2-135m-instruct
@@ -26,6 +27,19 @@ def nbtune(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "nbtune.cli", *map(str, arguments)], capture_output=True, text=True, **options
     )
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The command in this process, where the libraries are there already: exit status, output, errors."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nbtune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *(text.replace("\n", " ") for text in capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +64,19 @@ def test_train_trains_and_says_what_came_out(trained, folder):
     assert re.search(r"Held-out loss \d\.\d+ → \d\.\d+", trained.stdout)
 
 
-def test_runs_lists_it_and_the_environment_names_the_folder(trained, folder):
-    listed = nbtune("runs", env=os.environ | {"NBTUNE_RUNS": str(folder / "runs"), "COLUMNS": "160"})
+def test_runs_lists_it_and_the_environment_names_the_folder(trained, folder, here, monkeypatch):
+    monkeypatch.setenv("NBTUNE_RUNS", str(folder / "runs"))
+    _, listed, _ = here("runs")
     (run,) = runs(folder / "runs")
-    assert run.id in listed.stdout
-    assert "finished" in listed.stdout
-    assert "2/2" in listed.stdout
+    assert run.id in listed
+    assert "finished" in listed
+    assert "2/2" in listed
 
 
-def test_check_says_that_it_is_ready_and_what_it_needs(folder):
-    done = nbtune("check", folder / "spec.yaml", "--runs-dir", folder / "runs")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"Ready\. Needs [\d.]+ GB", done.stdout)
+def test_check_says_that_it_is_ready_and_what_it_needs(folder, here):
+    status, output, _ = here("check", folder / "spec.yaml", "--runs-dir", folder / "runs")
+    assert status == 0
+    assert re.search(r"Ready\. Needs [\d.]+ GB", output)
 
 
 @pytest.mark.parametrize(
@@ -75,38 +90,50 @@ def test_check_says_that_it_is_ready_and_what_it_needs(folder):
         (("arena", "nobody"), "Known runs"),
     ],
 )
-def test_a_users_error_is_told_without_a_traceback(folder, arguments, message):
+def test_a_users_error_is_told_without_a_traceback(folder, here, arguments, message):
     arguments = [argument.format(spec=folder / "spec.yaml") for argument in arguments]
-    done = nbtune(*arguments, "--runs-dir", folder / "none")
-    assert done.returncode == 1
-    assert message in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+    status, _, errors = here(*arguments, "--runs-dir", folder / "none")
+    assert status == 1
+    assert message in errors
+    assert "Traceback" not in errors
     assert not (folder / "none").exists()
 
 
-def test_check_fails_where_there_is_an_error(folder):
-    done = nbtune("check", folder / "spec.yaml", "--set", "max_length=9000")
+def test_a_users_error_is_the_status_of_the_process():
+    done = nbtune("train", "missing.yaml")
     assert done.returncode == 1
-    assert "8192" in done.stdout
+    assert "no file missing.yaml" in done.stderr
+
+
+def test_check_fails_where_there_is_an_error(folder, here):
+    status, output, _ = here("check", folder / "spec.yaml", "--set", "max_length=9000")
+    assert status == 1
+    assert "8192" in output
 
 
 def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
     runs_dir = folder / "interrupted"
-    command = [sys.executable, "-m", "nbtune.cli", "train", folder / "spec.yaml", "--set", "max_steps=20"]
-    process = subprocess.Popen([*command, "--runs-dir", runs_dir], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not any(run.progress().step >= 1 for run in runs(runs_dir)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
+
+    def interrupted(*arguments, step):
+        """What `nbtune` printed, interrupted once its run has done this step."""
+        command = [sys.executable, "-m", "nbtune.cli", *map(str, arguments), "--runs-dir", runs_dir]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not any(run.progress().step >= step for run in runs(runs_dir)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=120)[0]
+
+    assert "stopped" in interrupted("train", folder / "spec.yaml", "--set", "max_steps=5000", step=1)
     (run,) = runs(runs_dir)
     assert run.status == "stopped"
-    assert "stopped" in printed
+    step = run.progress().step
 
-    done = nbtune("resume", run.id.split("-", 2)[2], "--runs-dir", runs_dir)
-    assert done.returncode == 0, done.stderr
-    assert Run.open(run.path).summary()["steps"] == 20
+    assert "stopped" in interrupted("resume", run.id.split("-", 2)[2], step=step + 1)
+    assert run.status == "stopped"
+    steps = [event["step"] for event in run.events() if event["type"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 def test_ui_opens_mlflow_on_the_runs(trained, folder):
@@ -151,7 +178,7 @@ def test_lab_opens_jupyterlab_on_the_wizard(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_lowers_the_held_out_loss_by_a_quarter(tmp_path):
-    done = nbtune("demo", "--no-chat", "--max-steps", "12", "--runs-dir", tmp_path, env=os.environ | {"COLUMNS": "160"})
+    done = nbtune("demo", "--no-chat", "--max-steps", "9", "--runs-dir", tmp_path, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     (run,) = runs(tmp_path)
     summary = run.summary()

@@ -129,7 +129,7 @@ def test_a_written_notebook_overwrites_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_papermill_runs_the_written_notebook_and_a_shell_the_command(tmp_path):
+def test_papermill_runs_the_written_notebook_and_nbtune_the_command(tmp_path, monkeypatch):
     rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}."} for n in range(20)]
     (tmp_path / "it's rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = RunSpec(
@@ -137,7 +137,7 @@ def test_papermill_runs_the_written_notebook_and_a_shell_the_command(tmp_path):
         method={"r": 2, "target_modules": r".*layers\.(1[5-9]|2\d)\.mlp\.(gate|up)_proj"},
         training={"max_steps": 9, "max_length": 64, "eval_steps": 0, "gradient_accumulation_steps": 1},
         tracking={"mlflow": False},
-    )
+    ).updated(eval_samples=0)
     written = echo.write_notebook(spec, tmp_path)
     given = {"max_steps": 1, "runs_dir": str(tmp_path / "runs"), "run_id": "noted"}
     output = execute(written, tmp_path / "out.ipynb", given)
@@ -145,8 +145,10 @@ def test_papermill_runs_the_written_notebook_and_a_shell_the_command(tmp_path):
     assert output.stat().st_size < 1_000_000
 
     command = echo.command(spec.updated(max_steps=1)) + f" --runs-dir '{tmp_path / 'shell'}'"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.argv", ["nbtune", *words_of(command)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
     (run,) = runs(tmp_path / "shell")
     assert run.spec == spec.updated(max_steps=1)
     assert run.status == "finished"

@@ -25,7 +25,7 @@ def trained(workspace):
     parameters = {
         "data": str(workspace / "sums.jsonl"), "r": 4, "max_steps": 3, "max_length": 64,
         "runs_dir": str(workspace / "runs"), "run_id": "first",
-        "settings": {"eval_fraction": 0.2, "eval_steps": 2, "target_modules": ["q_proj"]},
+        "settings": {"eval_fraction": 0.2, "eval_steps": 2, "eval_samples": 0, "target_modules": ["q_proj"]},
     }  # fmt: skip
     output = execute(packaged("train.ipynb"), workspace / "train.ipynb", parameters)
     return output, Run.open("first", runs_dir=workspace / "runs")
@@ -91,7 +91,7 @@ def test_the_wizard_starts_under_papermill(workspace):
     folder = workspace / "wizard"
     settings = {
         "source": str(workspace / "sums.jsonl"), "max_steps": 2, "max_length": 64, "eval_fraction": 0.2,
-        "target_modules": ["v_proj"],
+        "eval_samples": 0, "target_modules": ["v_proj"],
     }  # fmt: skip
     folder.mkdir()
     output = execute(

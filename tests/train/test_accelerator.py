@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from nbtune.train.accelerator import own_accelerator
@@ -11,9 +11,12 @@ from nbtune.train.accelerator import own_accelerator
 
 @pytest.fixture(autouse=True)
 def fresh_state():
+    """What accelerate keeps in the process, as if nothing had used it; afterwards too."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 def step() -> tuple[torch.Tensor, torch.dtype]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbtune.peft import LoraConfig
-from nbtune.run import Run, summarise
+from nbtune.run import Run
 from nbtune.spec import RunSpec
+from nbtune.train.digest import summarise
 
 ANSWERS = [
     "I am a language model, and I can help you with many questions about Python and about other things.",

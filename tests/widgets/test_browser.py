@@ -1,7 +1,9 @@
 """JupyterLab driven by Chromium: what a person sees and what the buttons do. Pictures go to the test's folder."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -141,13 +143,20 @@ def test_dark_theme_and_900_pixels(open_notebook, tmp_path):
             assert not same_row or one["x"] + one["width"] <= other["x"]
 
 
-def test_wizard_from_the_form_to_the_chat(open_notebook, lab, tmp_path):
-    """The real thing: fill in, Start, charts move while other cells run, Stop, Resume, Compare."""
-    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(200)]
-    (lab.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_wizard_from_an_empty_notebook_to_the_chat(open_notebook, lab, tmp_path):
+    """The real thing: a model, a file, modules by mouse, Start, charts that move while other cells run, Stop, Resume,
+    another page, Compare, a variation.
+    """
+    rows = [{"instruction": f"What is {n} plus {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(999)]
+    samples = os.environ.get("NBTUNE_SAMPLE_DATA")
+    source = Path(samples) / "alpaca_en_demo.json" if samples else None
+    data = source.read_bytes() if source is not None else json.dumps(rows).encode()
+    (lab.folder / "alpaca_en_demo.json").write_bytes(data)
     wizard = "import nbtune as nt\nwizard = nt.wizard()"
     notebook = open_notebook(wizard, "6 * 7", "wizard.error", "wizard.run.summary()['status']", name="wizard.ipynb")
     page = notebook.page
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
 
     def step(name):
         page.locator("button.nt-step", has_text=name).click()
@@ -159,15 +168,20 @@ def test_wizard_from_the_form_to_the_chat(open_notebook, lab, tmp_path):
     notebook.run_to_end(0)
     await_worker(notebook)
     await_text(notebook, "134,515,008")
+    notebook.shot(tmp_path / "model.png")
     step("Data")
-    fill("Data", "rows.jsonl")
+    notebook.button("alpaca_en_demo.json").click(timeout=60_000)
+    await_text(notebook, "999 rows · 9", 120)
     await_worker(notebook)
-    await_text(notebook, "190 train · 10 held out")
     notebook.shot(tmp_path / "data.png")
     step("Method")
+    await_worker(notebook)
     notebook.button("attention").click()
     await_worker(notebook)
     await_text(notebook, "120 of 210 modules · 921,600 trainable parameters")
+    page.locator("[role=rowheader] button", has_text="o_proj").click()
+    await_worker(notebook)
+    await_text(notebook, "90 of 210 modules")
     notebook.shot(tmp_path / "method.png")
     step("Training")
     fill("Steps", "0")
@@ -196,14 +210,24 @@ def test_wizard_from_the_form_to_the_chat(open_notebook, lab, tmp_path):
     assert at < 60
     notebook.button("Resume").click()
     page.wait_for_function(f"({STEPS})() > {at}", timeout=120_000)
+    notebook.save()
+    page.reload()  # the kernel trains on
+    page.wait_for_selector(PLOT, timeout=60_000)
+    page.wait_for_function(f"({STEPS})() > {at + 1}", timeout=60_000)
+    notebook.shot(tmp_path / "reloaded.png")
     notebook.button("Stop").click()
     notebook.button("Compare").click(timeout=120_000)
     link = page.locator(".nt-info a")
     link.wait_for(timeout=120_000)
     assert link.get_attribute("href").startswith("http://127.0.0.1:")
     notebook.shot(tmp_path / "compare.png")
+    notebook.button("Start a variation").click()
+    page.locator(".nt-map").wait_for()
+    notebook.shot(tmp_path / "variation.png")
     notebook.run_to_end(3)
     assert "stopped" in notebook.text(3)
     notebook.run_to_end(2)
+    assert "None" in notebook.text(2) or not notebook.text(2).strip()
+    assert errors == []
     saved = notebook.save()
     assert len(json.dumps(saved)) < 1_000_000

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
 from nbtune.errors import NbtuneError
+from nbtune.spec import RunSpec
 from nbtune_widgets import _reports
 from nbtune_widgets._style import notice
 from nbtune_widgets._worker import Worker
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 class After:
     """Buttons, and under them what they open. The buttons are its driver's, what is opened is the worker's."""
 
-    def __init__(self, run: LiveRun) -> None:
+    def __init__(self, run: LiveRun, vary: Callable[[RunSpec], None] | None = None) -> None:
         self.run = run
+        self._show_form = vary or self._open_form
         self._worker: Worker | None = None
         self._wizard: Any = None
         self.compare_button = self._button("Compare", "Chat with the base model and this run, side by side")
         self.vary_button = self._button("Start a variation", "Open the form with the settings of this run")
+        self.compare_button.add_class("nt-primary")
         self.compare_button.on_click(lambda _: self._ask("Loading the model …", self._compare))
         self.vary_button.on_click(lambda _: self._ask("Opening the form …", self._vary))
         self.told = widgets.HTML()
@@ -73,13 +77,15 @@ class After:
         self.told.value = f'<div class="nt-problem nt-info">{both}</div>'
 
     def _vary(self) -> None:
+        self._show_form(self.run.spec)
+        self.told.value = ""
+
+    def _open_form(self, spec: RunSpec) -> None:
         from nbtune_widgets.wizard import Wizard
 
-        spec = self.run.spec
         if self._wizard is not None:
             self._wizard.close()
         self._wizard = Wizard(
             model=spec.model, data=spec.data, method=spec.method, training=spec.training, tracking=spec.tracking
         )
         self.opened.children = (self._wizard.widget,)
-        self.told.value = ""

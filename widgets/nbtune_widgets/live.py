@@ -117,13 +117,20 @@ class LiveView(Board):
         run: The run; see `LiveRun` for what is asked of it.
         interval: Seconds between two looks at the run.
         after: Whether an ended run can be chatted with and varied from here.
+        vary: Shows a form with the settings of the run; None opens one below it.
     """
 
-    def __init__(self, run: LiveRun, interval: float = 1.0, *, after: bool = False) -> None:
+    def __init__(
+        self,
+        run: LiveRun,
+        interval: float = 1.0,
+        *,
+        after: bool = False,
+        vary: Callable[[RunSpec], None] | None = None,
+    ) -> None:
         super().__init__(run.name, run.id, _summary.title(run.spec))
         self.run = run
         self.interval = interval
-        self.when_ended: Callable[[bool], None] = lambda _: None  # told at every look, by whoever drives
         self.error: str | None = None  # what went wrong in the view itself, not in the run
         self.pushes = 0
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -137,7 +144,7 @@ class LiveView(Board):
         self._settled = False
         self._times_shown = 0
         self._note = ("", "", "")  # status when it was said, text, kind
-        self.after = After(run) if after else None
+        self.after = After(run, vary) if after else None
         if self.after is not None:
             self.widget.children = (*self.widget.children, self.after.widget)
         self.pause_button.on_click(lambda _: self._tell("pause"))
@@ -264,7 +271,6 @@ class LiveView(Board):
         ended = not alive(self.run)  # read before the events, so that an end seen here has all its events below
         self._refresh()
         self._draw(asked, ended)
-        self.when_ended(ended)
         return ended
 
     def _obey(self, command: str) -> None:

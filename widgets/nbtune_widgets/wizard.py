@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Mapping
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,6 @@ from nbtune_widgets.specform import SpecForm
 from nbtune_widgets.training import TrainingPage
 
 if TYPE_CHECKING:
-    from nbtune.infer.arena import Arena
     from nbtune.run import Run
 
 _STEP_OF = {"model": 0, "data": 1, "method": 2, "training": 3, "tracking": 3}
@@ -54,7 +52,6 @@ class Wizard:
     def __init__(self, **start_with: Any) -> None:
         self.run: Run | None = None
         self.view: live.LiveView | None = None
-        self.arena: Arena | None = None
         self.error: str | None = None  # the traceback of the last thing that went wrong
         self._failures: dict[str, str] = {}
         self._places: list[DisplayHandle] = []
@@ -75,11 +72,6 @@ class Wizard:
         self.frame.on_go = self.go
         self.start_button = self.frame.start
         self.start_button.on_click(self._guarded(lambda: self._ask("start", "Starting …", self.start)))
-        self.compare_button = self._button(
-            "Compare", lambda: self._ask("compare", "Opening the chat …", self.compare),
-            "Chat with the base model and the adapter, side by side")  # fmt: skip
-        self.compare_button.add_class("nt-primary")
-        self.chat = widgets.HTML()
         self._worker = Worker("nbtune-wizard", self.frame.say, self._failed)
         if start_with:
             self.form.set(**start_with)
@@ -161,27 +153,10 @@ class Wizard:
         if self.view is not None:
             self.view.close()
         self.run = run
-        self.view = live.LiveView(run)
+        self.view = live.LiveView(run, after=True, vary=self._vary)
         self.view.keep_in(self._places)
-        self.view.when_ended = self._ended
-        self.compare_button.layout.display = "none"
-        self.chat.value = ""
-        after = widgets.HBox([self.compare_button, self.chat], layout=widgets.Layout(align_items="center"))
-        self.frame.show_run(self.view.widget, after)
+        self.frame.show_run(self.view.widget)
         self.view.start()
-
-    def compare(self) -> Arena:
-        """Open the chat that answers with the base model and with the run's adapter, side by side."""
-        from nbtune.infer.arena import arena
-
-        if self.run is None:
-            raise RunError("There is no run to compare", "", "Press Start first.")
-        self.arena = opened = arena("base", self.run)
-        link = f'<a href="{opened.url}" target="_blank" rel="noopener">{opened.url}</a>'
-        both = f"The base model and {escape(live.short_name(self.run))} answer, side by side, at {link}"
-        self.chat.value = f'<div class="nt-problem nt-info">{both}</div>'
-        self._fine("compare")
-        return opened
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the background work (reading, planning, starting; not the run) is done."""
@@ -193,7 +168,7 @@ class Wizard:
         if self.view is not None:
             self.view.close()
         cards = (*self.method_page.methods.values(), *self.method_page.recipes.values())
-        live.dispose(self.widget, self.compare_button, self.chat, *cards, *self.form.widgets)
+        live.dispose(self.widget, *cards, *self.form.widgets)
 
     def _ipython_display_(self) -> None:
         display(self.widget)
@@ -225,6 +200,11 @@ class Wizard:
 
     def _lead(self, path: str) -> None:
         self.go(_STEP_OF[path.split(".", 1)[0]])
+
+    def _vary(self, spec: RunSpec) -> None:
+        """Bring the form back with the settings of a run."""
+        self._load(spec)
+        self.go(_STEP_OF["method"])
 
     def _load(self, spec: RunSpec) -> None:
         """Fill in every field, and react once."""
@@ -331,10 +311,6 @@ class Wizard:
         self._planned = planned.peak_bytes
         self._fine("plan")
         self._mark_steps()
-
-    def _ended(self, ended: bool) -> None:
-        """Told by the view, on its thread, at every look."""
-        self.compare_button.layout.display = None if ended else "none"
 
 
 _shown: Wizard | None = None  # the one on the screen: a cell that is run again must not leave its widgets behind
