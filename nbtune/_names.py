@@ -9,7 +9,7 @@ from pathlib import Path
 _COLOURS = (
     "amber azure brisk calm clear coral cosy dusky early fleet gentle golden hazel indigo ivory jade keen lilac "
     "lively lucid mellow misty mossy noble ochre opal pearl plain proud quick quiet rosy russet sage sandy silver "
-    "spry still sunny swift tawny tidal umber velvet vivid warm witty"
+    "spry still sunny sleek tawny tidal umber velvet vivid warm witty"
 ).split()
 _ANIMALS = (
     "badger bittern crane curlew deer dove egret elk falcon ferret finch fox gecko grebe hare heron ibis jackdaw "
