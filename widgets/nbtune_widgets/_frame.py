@@ -69,7 +69,9 @@ class Frame:
             page.layout.display = None if number == step else "none"
             set_class(pill, "nt-here", on=number == step)
         self.back.disabled = step == 0
-        self.next.layout.display = "none" if step == len(STEPS) - 1 else None
+        last = step == len(STEPS) - 1  # whose page shows the plan, at length
+        for part in (self.next, self.plan, self.sums):
+            part.layout.display = "none" if last else None
 
     def show_run(self, *inside: widgets.DOMWidget) -> None:
         """Fold the form away and show a run in its place; a click on a step brings the form back."""
@@ -113,7 +115,7 @@ class Frame:
     def _foot(self) -> widgets.Box:
         buttons = widgets.HBox([self.back, self.next, self.start], layout=widgets.Layout(**_WRAP))
         buttons.add_class("nt-buttons")
-        foot = widgets.HBox([self.plan, self.sums, buttons], layout=widgets.Layout(**_WRAP))
+        foot = widgets.HBox([self.plan, self.sums, buttons], layout=widgets.Layout(**_WRAP, justify_content="flex-end"))
         foot.add_class("nt-foot")
         return foot
 
