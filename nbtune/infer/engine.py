@@ -5,61 +5,34 @@
     for delta in engine.stream({"base": question, "amber-heron": question}):
         print(delta.column, delta.text)
 
-Columns take turns, one token each. A turn sets the active adapter (two assignments, whatever the size of the model) and
-runs the model on the column's own key-value cache, so that a column's text never depends on its neighbours.
+Columns are the rows of one batch: one forward pass and one key-value cache write a token of each. Those that cannot
+share a forward pass (another whole model, a trained prompt of another length) are batches of their own and take turns.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import inspect
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from nbtune._transformers import DynamicCache
 from nbtune.errors import NbtuneError
+from nbtune.infer.batch import Answer, Batch, Delta, Finish, Limits, Stats
 from nbtune.infer.columns import BASE
 from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults, default_sampling
 from nbtune.infer.text import Message, TextStream, prompt_tokens, stop_tokens
 from nbtune.models import load
 from nbtune.peft import PeftModel
 from nbtune.peft.config import PromptLearningConfig
+from nbtune.peft.layer import BASE as NO_ADAPTER
 from nbtune.spec import ModelSpec
 
-Finish = Literal["end_of_turn", "max_new_tokens", "context", "stopped"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What one answer cost. Seconds are those spent on this column; turns of other columns are not counted."""
-
-    prompt_tokens: int
-    tokens: int = 0  # generated, the end of turn included
-    first_token_seconds: float = 0.0  # reading the prompt and choosing the first token
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed after the first token; 0 before there is a second one."""
-        after = self.seconds - self.first_token_seconds
-        return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """One turn of one column."""
-
-    column: str
-    text: str  # to append to what this column said before; may be empty
-    stats: Stats
-    finished: Finish | None = None  # set in the last delta of a column
-    token: int | None = None  # None where a column was stopped before its turn
+__all__ = ["Delta", "Engine", "Finish", "Stats"]
 
 
 class Engine:
@@ -96,10 +69,11 @@ class Engine:
         self._models: dict[str, Any] = {BASE: _with_adapters(base, self._adapters, adapters)}
         configs = {name: self._models[BASE].peft_config[inner] for name, inner in self._adapters.items()}
         prompts = {name: config for name, config in configs.items() if isinstance(config, PromptLearningConfig)}
-        self._virtual_tokens = {name: config.num_virtual_tokens for name, config in prompts.items()}
+        self._prompts = prompts
         for name, folder in models.items():
             spec = model.model_copy(update={"name": str(folder), "revision": None})
             self._models[name] = load(spec, device=device).model.eval()
+        self._stateful = bool(base._is_stateful)
         self._keep_one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._lock = threading.Lock()
 
@@ -112,7 +86,7 @@ class Engine:
         seed: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Delta]:
-        """Answers of these columns, one token of each in turn; none sampling is `self.defaults`.
+        """Answers of these columns, a token of each after the other; none sampling is `self.defaults`.
 
         Raises NbtuneError at once (not at the first `next`) for an unknown column, a conversation that the chat
         template refuses, or one that leaves no room for an answer. One stream runs at a time; others wait their turn.
@@ -121,9 +95,16 @@ class Engine:
         if max_new_tokens < 1:
             raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
         sampling = sampling or self.defaults.sampling
+        prompts = {column: self.prompt(column, messages) for column, messages in column_messages.items()}
         answers = [
-            _Answer(self, column, self.prompt(column, messages), sampling, max_new_tokens, seed)
-            for column, messages in column_messages.items()
+            Answer(
+                column,
+                prompt,
+                Sampler(sampling, seed, self.device),
+                TextStream(self.tokenizer),
+                Limits(self._stop_tokens, max_new_tokens, self._room(column)),
+            )
+            for column, prompt in prompts.items()
         ]
         return self._take_turns(answers, should_stop)
 
@@ -143,7 +124,8 @@ class Engine:
 
     def _room(self, column: str) -> int:
         """How many tokens of text this column reads; a trained prompt before them takes some of the context."""
-        return self.context_length - self._virtual_tokens.get(column, 0)
+        config = self._prompts.get(column)
+        return self.context_length - (config.num_virtual_tokens if config is not None else 0)
 
     def close(self) -> None:
         """Give the memory back. The engine cannot be used after."""
@@ -153,7 +135,7 @@ class Engine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _take_turns(self, answers: list[_Answer], should_stop: Callable[[], bool]) -> Iterator[Delta]:
+    def _take_turns(self, answers: list[Answer], should_stop: Callable[[], bool]) -> Iterator[Delta]:
         waiting = True
         while waiting and not should_stop():
             waiting = not self._lock.acquire(timeout=0.05)
@@ -161,84 +143,44 @@ class Engine:
             yield from (answer.stopped() for answer in answers)
             return
         try:
-            while answers:
-                for answer in tuple(answers):
-                    if should_stop():
-                        yield from (left.stopped() for left in answers)
-                        return
-                    delta = answer.turn()
-                    if delta.finished:
-                        answers.remove(answer)
-                    yield delta
+            batches = self._batches(answers)
+            while batches:
+                for batch in batches:
+                    for delta in batch.turn():
+                        yield delta
+                        if should_stop():
+                            yield from (answer.stopped() for batch in batches for answer in batch.answers)
+                            return
+                batches = [batch for batch in batches if batch.answers]
         finally:
             self._lock.release()
 
-    def _switch(self, column: str) -> Any:
-        """The model that answers for this column, switched to its adapter."""
-        model = self._models.get(column, self._models[BASE])
-        if self._adapters and model is self._models[BASE]:
-            # `disable_adapter` would walk the whole model to undo merges, of which there are none here.
-            model.set_adapter([self._adapters[column]] if column in self._adapters else [])
-        return model
+    def _batches(self, answers: list[Answer]) -> list[Batch]:
+        together: dict[Any, list[Answer]] = {}
+        for answer in answers:
+            together.setdefault(self._shares(answer.column), []).append(answer)
+        return [Batch(self._forward, rows, DynamicCache(config=self._config)) for rows in together.values()]
 
-    def _forward(self, column: str, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits of the next token, [1, V] in float32. ids: [1, T], what is not in the cache yet."""
+    def _shares(self, column: str) -> Any:
+        """What two columns have in common where one forward pass can serve both."""
+        whole = column in self._models and column != BASE
+        if whole or self._stateful:  # padding would change a state
+            return column
+        config = self._prompts.get(column)
+        return None if config is None else (type(config), config.num_virtual_tokens)
+
+    def _forward(self, columns: list[str], **inputs: Any) -> torch.Tensor:
+        """Logits of the next token of each row [B, V] in float32."""
         # Without this, reading a prompt of T tokens builds T x V logits to use one row of them.
-        keep = {"logits_to_keep": 1} if self._keep_one_logit else {}
-        model = self._switch(column)
+        keep: dict[str, Any] = {"logits_to_keep": 1} if self._keep_one_logit else {}
         with torch.inference_mode():
-            return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits[:, -1].float()
-
-
-class _Answer:
-    """One column's answer while it is written."""
-
-    def __init__(
-        self, engine: Engine, column: str, prompt: list[int], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> None:
-        self.engine = engine
-        self.column = column
-        self.ids = torch.tensor([prompt], device=engine.device)  # [1, T]: the prompt and the answer so far
-        self.unread = self.ids  # [1, U]: what is not in the cache yet
-        self.cache = DynamicCache(config=engine._config)
-        self.sampler = Sampler(sampling, seed, engine.device)
-        self.text = TextStream(engine.tokenizer)
-        self.stats = Stats(prompt_tokens=len(prompt))
-        self.max_new_tokens = max_new_tokens
-
-    def turn(self) -> Delta:
-        """Choose one token."""
-        start = time.perf_counter()
-        logits = self.engine._forward(self.column, self.unread, self.cache)
-        with torch.inference_mode():
-            token = self.sampler(self.ids, logits)
-            self.unread = torch.tensor([[token]], device=self.ids.device)
-            self.ids = torch.cat([self.ids, self.unread], dim=1)
-        self._count(time.perf_counter() - start)
-        finished = self._finish(token)
-        text = "" if finished == "end_of_turn" else self.text.add(token)
-        if finished:
-            text += self.text.rest()
-        return Delta(self.column, text, self.stats, finished, token)
-
-    def stopped(self) -> Delta:
-        return Delta(self.column, self.text.rest(), self.stats, "stopped")
-
-    def _count(self, seconds: float) -> None:
-        first = self.stats.first_token_seconds or seconds
-        self.stats = dataclasses.replace(
-            self.stats,
-            tokens=self.stats.tokens + 1,
-            first_token_seconds=first,
-            seconds=self.stats.seconds + seconds,
-        )
-
-    def _finish(self, token: int) -> Finish | None:
-        if token in self.engine._stop_tokens:
-            return "end_of_turn"
-        if self.stats.tokens >= self.max_new_tokens:
-            return "max_new_tokens"
-        return "context" if self.ids.shape[1] >= self.engine._room(self.column) else None
+            model = self._models.get(columns[0], self._models[BASE])
+            if model is self._models[BASE] and self._adapters:
+                if len(set(columns)) == 1:
+                    model.set_adapter([self._adapters[columns[0]]] if columns[0] in self._adapters else [])
+                else:
+                    keep["adapter_names"] = [self._adapters.get(column, NO_ADAPTER) for column in columns]
+            return model(use_cache=True, **inputs, **keep).logits[:, -1].float()
 
 
 def _with_adapters(base: Any, names: Mapping[str, str], folders: Mapping[str, str | Path]) -> Any:

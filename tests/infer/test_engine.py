@@ -143,7 +143,7 @@ def test_waiting_for_another_stream_can_be_stopped(engine):
 
 def test_a_failure_in_the_model_lets_the_next_stream_in(engine, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_forward", lambda *_: 1 / 0)
+        patch.setattr(engine, "_forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(engine.stream({BASE: QUESTION}))
     assert answer(engine, [BASE], n=1)

@@ -73,6 +73,42 @@ def test_each_column_writes_what_its_model_alone_generates(spec, folders):
     assert len({tuple(tokens) for tokens in found.values()}) == len(found)  # each says something else
 
 
+def test_conversations_of_any_length_share_a_batch(spec, folders):
+    """Rows that are padded, and that end while others go on, write what they write alone."""
+    engine = Engine(spec, folders)
+    words = "one two three four five six seven eight nine".split()
+    messages = {
+        column: [{"role": "user", "content": " ".join(words[: number + 1])}]
+        for number, column in enumerate(engine.columns)
+    }
+    forwards = []
+    forward = engine._forward
+
+    def counted(columns, **inputs):
+        forwards.append(list(columns))
+        return forward(columns, **inputs)
+
+    engine._forward = counted
+    # A token that some rows write early ends them; each column then ends at a step of its own.
+    alone = {column: tokens_of(engine, {column: messages[column]}, 12)[column] for column in engine.columns}
+    stop = alone["lora"][4]
+    engine._stop_tokens = frozenset({stop})
+    alone = {column: tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for column, tokens in alone.items()}
+    assert len({len(tokens) for tokens in alone.values()}) > 1
+    forwards.clear()
+    assert tokens_of(engine, messages, 12) == alone
+    assert len(forwards) == 12
+    assert len(forwards[0]) == len(engine.columns) > len(forwards[-1])
+
+
+def tokens_of(engine, messages, count):
+    found: dict[str, list[int]] = {column: [] for column in messages}
+    for delta in engine.stream(messages, GREEDY, max_new_tokens=count):
+        if delta.token is not None:
+            found[delta.column].append(delta.token)
+    return found
+
+
 def test_rows_of_one_batch_have_any_method(spec, folders):
     model = load(spec).model
     adapted = PeftModel.from_pretrained(model, folders["lora"], adapter_name="lora")
