@@ -126,15 +126,36 @@ def arena(
 ) -> None:
     """Chat with the base model and adapters side by side."""
     from nbtune.infer.arena import arena as open_arena
-    from nbtune.run import Run
 
-    folder = _folder(runs_dir)
-    columns = [
-        name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=folder) for name in run_ids
-    ]
-    page = open_arena("base", *columns, runs_dir=folder, port=port)
+    page = open_arena("base", *_columns(run_ids, runs_dir), runs_dir=_folder(runs_dir), port=port)
     console.print("Ctrl-C ends it.")
     page.wait()
+
+
+@app.command()
+def serve(
+    run_ids: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs or adapter folders; the base is always there.")
+    ],
+    runs_dir: RunsDir = None,
+    port: Annotated[int, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Elsewhere than on this machine a key is asked for.")
+    ] = ("127.0.0.1"),
+    api_key: Annotated[
+        str | None, typer.Option(envvar="NBTUNE_API_KEY", help="What clients must send; made where one is needed.")
+    ] = None,
+) -> None:
+    """Serve the base model and adapters to every client of the OpenAI API."""
+    from nbtune.infer.server import serve as start
+
+    with start("base", *_columns(run_ids, runs_dir), runs_dir=_folder(runs_dir), host=host, port=port,
+               api_key=api_key) as server:  # fmt: skip
+        console.print(f"{server.url}   models: {', '.join(server.engine.columns)}", highlight=False, soft_wrap=True)
+        if server.api_key is not None and api_key is None:
+            console.print(f"API key: {server.api_key}", highlight=False, soft_wrap=True)
+        console.print("Ctrl-C ends it.")
+        server.wait()
 
 
 @app.command()
@@ -200,6 +221,16 @@ def check(
     if any(problem.severity == "error" for problem in problems):
         raise typer.Exit(1)
     console.print(f"Ready. Needs {plan(spec)}.", highlight=False)
+
+
+def _columns(names: list[str], runs_dir: Path | None) -> list[Any]:
+    """Adapter folders as they are; what else is named is a run."""
+    from nbtune.run import Run
+
+    return [
+        name if (Path(name) / "adapter_config.json").exists() else Run.open(name, runs_dir=_folder(runs_dir))
+        for name in names
+    ]
 
 
 def _serve(command: list[str]) -> NoReturn:

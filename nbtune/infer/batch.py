@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
 
 from nbtune._transformers import DynamicCache
 from nbtune.infer.sampling import Sampler
@@ -63,6 +65,7 @@ class Answer:
         self.column = column
         self.ids = torch.tensor([prompt], device=sampler.generator.device)  # [1, T]: the prompt and the answer so far
         self.stats = Stats(prompt_tokens=len(prompt))
+        self.left = False  # set where nobody waits for it any more: its row leaves the batch
         self._sampler, self._text, self._limits = sampler, text, limits
 
     def take(self, logits: Tensor, seconds: float) -> Delta:
@@ -133,12 +136,42 @@ class Batch:
         going = []
         for row, answer in enumerate(tuple(self.answers)):
             delta = answer.take(logits[row : row + 1], seconds)
-            if delta.finished:
+            if delta.finished or answer.left:
                 self.answers.remove(answer)
             else:
                 going.append(row)
             yield delta
         self._keep(going)
+
+    @property
+    def _layers(self) -> list[Any]:
+        return self._cache.layers
+
+    def can_join(self) -> bool:
+        """Whether other rows may join: only a cache that holds every token can be padded."""
+        return all(type(layer) is DynamicLayer for layer in self._layers)
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch of the same model; both have written their first token."""
+        longer = max(self._mask.shape[1], other._mask.shape[1])
+        for batch in (self, other):
+            batch._pad(longer - batch._mask.shape[1])
+        for layer, of_other in zip(self._layers, other._layers, strict=True):
+            layer.keys = torch.cat([layer.keys, of_other.keys])
+            layer.values = torch.cat([layer.values, of_other.values])
+        self.answers += other.answers
+        self._mask = torch.cat([self._mask, other._mask])
+        self._positions = torch.cat([self._positions, other._positions])
+        self._unread = torch.cat([self._unread, other._unread])
+
+    def _pad(self, count: int) -> None:
+        """Put so many places that hold nothing before every row."""
+        if not count:
+            return
+        self._mask = pad(self._mask, (count, 0))
+        for layer in self._layers:
+            layer.keys = pad(layer.keys, (0, 0, count, 0))  # [B, heads, T, head_dim]
+            layer.values = pad(layer.values, (0, 0, count, 0))
 
     def _keep(self, rows: list[int]) -> None:
         """Go on with these rows, each with the token that it has just written."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +92,22 @@ class Engine:
         template refuses, or one that leaves no room for an answer. One stream runs at a time; others wait their turn.
         Closing the iterator, or `should_stop` returning True, ends it within one token.
         """
-        if max_new_tokens < 1:
-            raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
         sampling = sampling or self.defaults.sampling
-        prompts = {column: self.prompt(column, messages) for column, messages in column_messages.items()}
         answers = [
-            Answer(
-                column,
-                prompt,
-                Sampler(sampling, seed, self.device),
-                TextStream(self.tokenizer),
-                Limits(self._stop_tokens, max_new_tokens, self._room(column)),
-            )
-            for column, prompt in prompts.items()
+            self.answer(column, messages, sampling, max_new_tokens=max_new_tokens, seed=seed)
+            for column, messages in column_messages.items()
         ]
         return self._take_turns(answers, should_stop)
+
+    def answer(
+        self, column: str, messages: Sequence[Message], sampling: Sampling, *, max_new_tokens: int, seed: int
+    ) -> Answer:
+        """An answer that is to be written. Raises NbtuneError as `stream` does."""
+        if max_new_tokens < 1:
+            raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
+        prompt = self.prompt(column, messages)
+        limits = Limits(self._stop_tokens, max_new_tokens, self._room(column))
+        return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(self.tokenizer), limits)
 
     def prompt(self, column: str, messages: Sequence[Message]) -> list[int]:
         """The token ids that this column would read. Raises NbtuneError as `stream` does."""
@@ -143,7 +144,7 @@ class Engine:
             yield from (answer.stopped() for answer in answers)
             return
         try:
-            batches = self._batches(answers)
+            batches = self.batches(answers)
             while batches:
                 for batch in batches:
                     for delta in batch.turn():
@@ -155,13 +156,14 @@ class Engine:
         finally:
             self._lock.release()
 
-    def _batches(self, answers: list[Answer]) -> list[Batch]:
+    def batches(self, answers: Iterable[Answer]) -> list[Batch]:
+        """As few batches as can write these answers."""
         together: dict[Any, list[Answer]] = {}
         for answer in answers:
-            together.setdefault(self._shares(answer.column), []).append(answer)
+            together.setdefault(self.shares(answer.column), []).append(answer)
         return [Batch(self._forward, rows, DynamicCache(config=self._config)) for rows in together.values()]
 
-    def _shares(self, column: str) -> Any:
+    def shares(self, column: str) -> Any:
         """What two columns have in common where one forward pass can serve both."""
         whole = column in self._models and column != BASE
         if whole or self._stateful:  # padding would change a state
