@@ -1,5 +1,6 @@
 """The `nbtune` command, as a person calls it."""
 
+import functools
 import json
 import os
 import re
@@ -117,13 +118,18 @@ def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
     def interrupted(*arguments, step):
         """What `nbtune` printed, interrupted once its run has done this step."""
         command = [sys.executable, "-m", "nbtune.cli", *map(str, arguments), "--runs-dir", runs_dir]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while not any(run.progress().step >= step for run in runs(runs_dir)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=120)[0]
+        # Python does not hear an interrupt that the shell, as of a job in the background, has it ignore.
+        hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear)
+        try:
+            deadline = time.monotonic() + 120
+            while not any(run.progress().step >= step for run in runs(runs_dir)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            return process.communicate(timeout=120)[0]
+        finally:
+            process.kill()
 
     assert "stopped" in interrupted("train", folder / "spec.yaml", "--set", "max_steps=5000", step=1)
     (run,) = runs(runs_dir)
