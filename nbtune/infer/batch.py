@@ -107,11 +107,18 @@ class Forward(Protocol):
 
 
 class Batch:
-    """Rows that one forward pass serves."""
+    """Rows that one forward pass serves.
 
-    def __init__(self, forward: Forward, answers: list[Answer], cache: DynamicCache) -> None:
+    Args:
+        forward: Runs the model.
+        answers: To be written, a row each.
+        cache: An empty one.
+        prompted: Whether a trained prompt comes before each text. In the cache it lies before the padding.
+    """
+
+    def __init__(self, forward: Forward, answers: list[Answer], cache: DynamicCache, *, prompted: bool = False) -> None:
         self.answers = answers
-        self._forward, self._cache = forward, cache
+        self._forward, self._cache, self._prompted = forward, cache, prompted
         lengths = [answer.ids.shape[1] for answer in answers]
         ids = answers[0].ids.new_zeros(len(answers), max(lengths))
         mask = torch.zeros_like(ids)
@@ -148,8 +155,8 @@ class Batch:
         return self._cache.layers
 
     def can_join(self) -> bool:
-        """Whether other rows may join: only a cache that holds every token can be padded."""
-        return all(type(layer) is DynamicLayer for layer in self._layers)
+        """Whether other rows may join: only a cache that holds every token and no prompt can be padded."""
+        return not self._prompted and all(type(layer) is DynamicLayer for layer in self._layers)
 
     def join(self, other: Batch) -> None:
         """Take in the rows of another batch of the same model; both have written their first token."""
@@ -173,6 +180,15 @@ class Batch:
             layer.keys = pad(layer.keys, (0, 0, count, 0))  # [B, heads, T, head_dim]
             layer.values = pad(layer.values, (0, 0, count, 0))
 
+    def _trim(self) -> None:
+        """Take away the places before the longest row: a batch that others keep joining would grow for ever."""
+        empty = int(self._mask.argmax(1).min())
+        if not empty or not self.can_join():
+            return
+        self._mask = self._mask[:, empty:]
+        for layer in self._layers:
+            layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
+
     def _keep(self, rows: list[int]) -> None:
         """Go on with these rows, each with the token that it has just written."""
         if not rows:
@@ -181,6 +197,7 @@ class Batch:
             index = torch.tensor(rows, device=self._mask.device)
             self._cache.batch_select_indices(index)
             self._mask, self._positions = self._mask[index], self._positions[index]
+            self._trim()
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], dim=1)
         self._positions = self._positions[:, -1:] + 1
         self._unread = torch.cat([answer.ids[:, -1:] for answer in self.answers])

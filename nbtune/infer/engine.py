@@ -161,7 +161,15 @@ class Engine:
         together: dict[Any, list[Answer]] = {}
         for answer in answers:
             together.setdefault(self.shares(answer.column), []).append(answer)
-        return [Batch(self._forward, rows, DynamicCache(config=self._config)) for rows in together.values()]
+        return [
+            Batch(
+                self._forward,
+                rows,
+                DynamicCache(config=self._config),
+                prompted=rows[0].column in self._prompts,
+            )
+            for rows in together.values()
+        ]
 
     def shares(self, column: str) -> Any:
         """What two columns have in common where one forward pass can serve both."""

@@ -103,8 +103,7 @@ class Scheduler:
         for batch in new:
             shared = self.engine.shares(batch.answers[0].column)
             same = [other for other in self._batches if self.engine.shares(other.answers[0].column) == shared]
-            # A trained prompt lies in the cache before the text, where padding would part the two.
-            if same and shared is None and batch.can_join() and same[0].can_join():
+            if same and batch.can_join() and same[0].can_join():
                 same[0].join(batch)
             else:
                 self._batches.append(batch)

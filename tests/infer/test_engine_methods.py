@@ -101,6 +101,34 @@ def test_conversations_of_any_length_share_a_batch(spec, folders):
     assert len(forwards[0]) == len(engine.columns) > len(forwards[-1])
 
 
+def test_a_batch_that_others_keep_joining_does_not_grow(spec, folders):
+    """Rows come and go; each writes what it writes alone, in a cache no longer than the longest row needs."""
+    engine = Engine(spec, folders)
+    asks = dict(zip(METHODS, [9, 1, 30, 4, 2, 12, 3, 8], strict=True))  # words of the question to each column
+
+    def question(column):
+        return [{"role": "user", "content": "word " * asks[column]}]
+
+    def begun(column):
+        (batch,) = engine.batches([engine.answer(column, question(column), GREEDY, max_new_tokens=6, seed=0)])
+        found[column] = [delta.token for delta in batch.turn()]
+        return batch
+
+    found: dict[str, list[int]] = {}
+    waiting = list(asks)
+    batch = begun(waiting.pop(0))
+    while batch.answers:
+        for delta in batch.turn():
+            found[delta.column].append(delta.token)
+        if waiting:
+            batch.join(begun(waiting.pop(0)))
+        if batch.answers:
+            longest = max(answer.ids.shape[1] for answer in batch.answers)
+            assert batch._mask.shape[1] == longest
+            assert batch._layers[0].keys.shape[2] == longest - 1
+    assert found == {column: tokens_of(engine, {column: question(column)}, 6)[column] for column in asks}
+
+
 def tokens_of(engine, messages, count):
     found: dict[str, list[int]] = {column: [] for column in messages}
     for delta in engine.stream(messages, GREEDY, max_new_tokens=count):
