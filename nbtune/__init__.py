@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nbtune.errors import NbtuneError
     from nbtune.infer.arena import arena
     from nbtune.infer.ask import ask
+    from nbtune.infer.server import serve
     from nbtune.peft.config import PeftConfig
     from nbtune.peft.configs.lora import LoraConfig
     from nbtune.plan import Plan, plan
@@ -50,6 +51,7 @@ _HOME = {
     "check": "nbtune.check",
     "plan": "nbtune.plan",
     "runs": "nbtune.run",
+    "serve": "nbtune.infer.server",
     "settings": "nbtune.spec",
     "train": "nbtune.run",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "check",
     "plan",
     "runs",
+    "serve",
     "settings",
     "train",
     "wizard",
