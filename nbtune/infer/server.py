@@ -168,6 +168,7 @@ def _bound(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen()  # a client that comes before the server's thread runs waits, and is not refused
     except OSError as error:
         found.close()
         raise NbtuneError(f"Port {port} cannot be used", str(error), "Choose another, or 0 for a free one.") from error

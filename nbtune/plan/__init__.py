@@ -11,6 +11,7 @@ then computes as many blocks again as it must, then makes them smaller still. Ro
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # What is measured, on Linux; `benchmarks/plan.py --fit` prints new values. See docs/measurements.md.
 LIBRARIES_BYTES = 890_000_000  # Python with torch, transformers, accelerate and datasets, a tokenizer, rows
 BITSANDBYTES_BYTES = 120_000_000
+MLFLOW_BYTES = 110_000_000  # with its database
 ROWS_BYTES = 40_000_000  # of it, what comes after the plan of a run: the tokenizer and the rows
 HEAP_SHARE = 0.3  # of a step's most activations: what the C library's heap holds beyond tensors, in holes they left
 CUDA_SHARE = 0.1  # of all tensors: what CUDA's caching allocator and workspaces hold beyond them
@@ -84,9 +86,10 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None) -> Plan:
     held, available = _memory(device)
     available = available if available_bytes is None else available_bytes
     weights = weigh(spec, device)
+    libraries = _libraries(spec, weights, held)
     layout, fitting = None, None
     for layout in _layouts(spec, device, weights):
-        parts = _parts(layout, weights, device, held)
+        parts = _parts(layout, weights, device, libraries)
         if sum(parts.values()) <= ROOM * available:
             fitting = layout
             break
@@ -99,7 +102,7 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None) -> Plan:
         seconds = flops / (EFFICIENCY * matrix_rate(device, dtype))
     row = training.max_length + spec.virtual_tokens
     return Plan(
-        parts=_parts(chosen, weights, device, held),
+        parts=_parts(chosen, weights, device, libraries),
         tokens_per_step=chosen.rows * chosen.accumulation * row,
         seconds=seconds,
         available_bytes=available,
@@ -169,7 +172,15 @@ def _step(spec: RunSpec, device: torch.device, weights: Weights, rows: int, *, r
     return estimated_step(describe(spec.model), weights, tokens, itemsize)
 
 
-def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -> dict[str, int]:
+def _libraries(spec: RunSpec, weights: Weights, held: int) -> int:
+    """What a process on a CPU will hold beside tensors: what is usual, or what it holds now and what is to come."""
+    quantised = BITSANDBYTES_BYTES if weights.dequantised else 0
+    mlflow = MLFLOW_BYTES if spec.tracking.mlflow else 0
+    to_come = ROWS_BYTES + (0 if "mlflow" in sys.modules else mlflow)
+    return max(LIBRARIES_BYTES + quantised + mlflow, held + to_come)
+
+
+def _parts(layout: _Layout, weights: Weights, device: torch.device, libraries: int) -> dict[str, int]:
     """Bytes by part at the moment of the peak."""
     peak = layout.peak()
     parts = {
@@ -182,8 +193,7 @@ def _parts(layout: _Layout, weights: Weights, device: torch.device, held: int) -
     }
     if device.type == "cpu":
         holes = int(HEAP_SHARE * (peak.passed + weights.dequantised))
-        libraries = LIBRARIES_BYTES + (BITSANDBYTES_BYTES if weights.dequantised else 0)
-        parts["overhead"] = max(libraries, held + ROWS_BYTES) + holes
+        parts["overhead"] = libraries + holes
     else:
         parts["overhead"] = int(CUDA_SHARE * sum(parts.values()))
     return parts
