@@ -19,7 +19,7 @@ from nbtune._transformers import AutoConfig
 from nbtune.errors import ExportError
 from nbtune.export import folders, gguf_families, gguf_lora, gguf_model
 from nbtune.export.card import public_name
-from nbtune.export.precision import PRECISIONS, Precision, choose
+from nbtune.export.precision import PRECISIONS, ROUNDED_BOUND, Precision, choose
 from nbtune.export.proof import Answers, Proof, answer, compare, sample_texts, tokens
 from nbtune.export.subject import Subject, float_spec, read
 from nbtune.models import available_memory, default_device, resolve, weights
@@ -43,9 +43,16 @@ class Export:
     bytes: int
     computed_in: str  # precision of both sides of the proof
     proof: Proof
+    # The same for the weights as they were rounded for block types, in memory: whether the file says what was meant.
+    rounded: Proof | None = None
     # How far merging onto float weights is from the quantised ones that were trained on; none where they were floats.
     from_quantised: Proof | None = None
     same_tokens: bool | None = None  # whether a GGUF's tokenizer reads the prompts as the original does
+
+    @property
+    def proved(self) -> bool:
+        """Whether what was written answers as it should."""
+        return self.proof.holds and (self.rounded is None or self.rounded.holds) and self.same_tokens is not False
 
     @property
     def report(self) -> Path:
@@ -55,6 +62,8 @@ class Export:
     def __str__(self) -> str:
         text = f"{self.path}: {self.format}{f' {self.dtype}' if self.dtype else ''}, {self.bytes / 1e6:,.1f} MB\n"
         text += f"proof: {self.proof}"
+        if self.rounded is not None:
+            text += f"\nagainst the same weights rounded in memory: {self.rounded}"
         if self.from_quantised is not None:
             text += f"\nfrom the quantised base that it was trained on: {self.from_quantised}"
         return text
@@ -124,11 +133,12 @@ def export(
         from_quantised=quantised,
     )
     _store(done)
+    rounded = answer(subject.model, prompts) if format == "gguf" and precision and precision.in_blocks else None
     on_status("Reading it back")
-    done = _proved(done, subject, texts, prompts, expected, precision)
+    done = _proved(done, subject, texts, prompts, expected, rounded, precision)
     _store(done)
     print(done)  # noqa: T201 - the outcome is what a person waits for
-    if not done.proof.holds or done.same_tokens is False:
+    if not done.proved:
         raise _failed(done)
     return done
 
@@ -212,31 +222,40 @@ def _write(subject: Subject, format: str, target: Path, precision: Precision | N
 
 
 def _proved(
-    done: Export, subject: Subject, texts: list[str], prompts: list[list[int]], expected: Answers,
+    done: Export,
+    subject: Subject,
+    texts: list[str],
+    prompts: list[list[int]],
+    expected: Answers,
+    rounded: Answers | None,
     precision: Precision | None,
-) -> Export:  # fmt: skip
+) -> Export:
     """The export with its proof: read back, asked, compared."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[done.computed_in]
-    same_tokens = None
-    model: Any
-    if done.format == "adapter":
-        model, read_by = folders.read_adapter(subject, done.path), "nbtune"
-    elif done.format == "gguf-lora":
-        model, read_by = gguf_lora.read_gguf_lora(subject, done.path), "gguf, applied by nbtune"
-    else:
-        config = subject.model.config
-        subject.model = None  # room for the other one
-        gc.collect()
-        if done.format == "merged":
-            model, read_by = folders.read_merged(done.path, dtype), "transformers"
-        else:
-            model, read_by = gguf_model.read_gguf(done.path, config, dtype), "transformers"
-            same_tokens = gguf_model.same_tokens(done.path, subject.tokenizer, texts)
-    bound = precision.bound if precision else 0.0
+    model, read_by = _read_back(done, subject)
+    bound, rounded_bound = precision.bound if precision else 0.0, ROUNDED_BOUND
     if done.computed_in != "float32" and precision:
-        bound = max(bound, PRECISIONS["bf16"].bound)
-    proof = compare(expected, answer(model, prompts), bound=bound, read_by=read_by)
-    return dataclasses.replace(done, proof=proof, same_tokens=same_tokens)
+        bound, rounded_bound = (max(least, PRECISIONS["bf16"].bound) for least in (bound, rounded_bound))
+    found = answer(model, prompts)
+    return dataclasses.replace(
+        done,
+        proof=compare(expected, found, bound=bound, read_by=read_by),
+        rounded=compare(rounded, found, bound=rounded_bound, read_by=read_by) if rounded is not None else None,
+        same_tokens=gguf_model.same_tokens(done.path, subject.tokenizer, texts) if done.format == "gguf" else None,
+    )
+
+
+def _read_back(done: Export, subject: Subject) -> tuple[Any, str]:
+    """The written model, and what read it. The one in memory makes room."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[done.computed_in]
+    if done.format == "adapter":
+        return folders.read_adapter(subject, done.path), "nbtune"
+    if done.format == "gguf-lora":
+        return gguf_lora.read_gguf_lora(subject, done.path), "gguf, applied by nbtune"
+    config = subject.model.config
+    subject.forget()
+    if done.format == "merged":
+        return folders.read_merged(done.path, dtype), "transformers"
+    return gguf_model.read_gguf(done.path, config, dtype), "transformers"
 
 
 def _unproved() -> Proof:
@@ -245,7 +264,7 @@ def _unproved() -> Proof:
 
 
 def _failed(done: Export) -> ExportError:
-    message = str(done.proof)
+    message = f"{done.proof}" if done.rounded is None else f"{done.proof}\nagainst the same weights: {done.rounded}"
     if done.same_tokens is False:
         message = "The tokenizer in the file splits sample texts otherwise than the model's own."
     return ExportError(
@@ -258,7 +277,7 @@ def _failed(done: Export) -> ExportError:
 def _store(done: Export) -> None:
     values = dataclasses.asdict(done) | {
         "path": done.path.name,
-        "proved": done.proof.holds and done.same_tokens is not False,
+        "proved": done.proved,
         "nbtune": version("nbtune"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

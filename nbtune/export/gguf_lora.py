@@ -26,7 +26,7 @@ def write_gguf_lora(subject: Subject, out: Path, precision: Precision) -> None:
     Raises ExportError where the adapter is more than A and B of linear layers.
     """
     config, adapters = _checked(subject)
-    family = Family(subject.base.model.config)
+    family = Family(subject.model.config)
     tensors: dict[str, tuple[str, Tensor]] = {}
     for path, adapter in adapters.items():
         parameter = f"{path}.weight"
@@ -78,8 +78,9 @@ def _checked(subject: Subject) -> tuple[LoraConfig, dict[str, Lora]]:
             found[path] = adapter
     if config.modules_to_save:
         raise _unfit(f"It has trained copies of whole modules: {', '.join(config.modules_to_save)}.")
-    head = subject.base.model.get_output_embeddings()
-    if head.weight is subject.base.model.get_input_embeddings().weight and any(path == "lm_head" for path in found):
+    base: Any = subject.model.get_base_model()
+    head = base.get_output_embeddings()
+    if head.weight is base.get_input_embeddings().weight and any(path == "lm_head" for path in found):
         raise _unfit("It adapts an output head that is tied to the embedding.")
     return config, found
 

@@ -50,7 +50,8 @@ def write_gguf(subject: Subject, out: Path, precision: Precision) -> None:
     """Write the merged model with its tokenizer and chat template.
 
     Vectors (norms, biases) are fp32; in the 4-bit types the embedding and the head are q8_0; rows that are no whole
-    number of blocks are f16. Raises ExportError, and leaves nothing behind, for what GGUF cannot hold.
+    number of blocks are f16. The model in memory takes on the values of block types as they are written. Raises
+    ExportError, and leaves nothing behind, for what GGUF cannot hold.
     """
     model = subject.merge()
     family = Family(model.config)
@@ -60,7 +61,7 @@ def write_gguf(subject: Subject, out: Path, precision: Precision) -> None:
     writer = gguf.GGUFWriter(None, family.architecture)
     add_description(writer, subject, gguf.GGUFType.MODEL)
     writer.add_file_type(_FILE_TYPES[precision.name])
-    if precision.torch_name is None:
+    if precision.in_blocks:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     family.add_hyperparameters(writer)
     _add_tokenizer(writer, subject, model.config.vocab_size)
@@ -69,7 +70,12 @@ def write_gguf(subject: Subject, out: Path, precision: Precision) -> None:
         if name in rope:
             return rope[name].numpy()
         parameter, weight = weights[name]
-        return encoded(parameter, family.stored(parameter, weight), types[name])
+        if weight.dim() == 1:
+            return encoded(parameter, family.stored(parameter, weight), types[name])
+        data = encoded(parameter, weight, types[name])
+        if precision.in_blocks:  # before its rows are moved, so that a wrong move shows in the proof
+            weight.copy_(torch.from_numpy(gguf.dequantize(data, types[name])))
+        return family.stored(parameter, torch.from_numpy(data)).numpy()
 
     shapes = {name: (rope[name].shape, Type.F32) for name in rope}
     shapes |= {name: (weight.shape, types[name]) for name, (_, weight) in weights.items()}
@@ -154,7 +160,7 @@ def _type(name: str, weight: Tensor, precision: Precision) -> gguf.GGMLQuantizat
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, subject: Subject, size: int) -> None:
-    source = subject.base.source
+    source = subject.source
     if source.gguf_file is not None and source.path is not None:
         # transformers reads no more than a part of a GGUF's tokenizer, so what it made of it says less than the file.
         gguf_vocabulary.copy(source.path / source.gguf_file, writer)

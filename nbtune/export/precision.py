@@ -13,11 +13,18 @@ class Precision:
 
     name: str  # as in GGUF
     bits: float  # a weight, scales included
-    bound: float  # on the relative difference of the logits; a wrong layout gives 0.5 and more
+    bound: float  # on the relative difference of the logits
     torch_name: str | None = None  # None for block types
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks of weights share a scale."""
+        return self.torch_name is None
 
-# Bounds are three to ten times what is measured on SmolLM2-135M and on random models; see docs/export.md.
+
+# Bounds are some times what is measured on SmolLM2-135M and on small random models, see docs/export.md. A wrong layout
+# gives 0.5 and more, which 4 bits come near to: block types are also held against the same weights rounded in memory.
+ROUNDED_BOUND = 0.002
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -25,8 +32,8 @@ PRECISIONS = {
         Precision("f16", 16, 0.01, "float16"),
         Precision("bf16", 16, 0.05, "bfloat16"),
         Precision("q8_0", 8.5, 0.1),
-        Precision("q4_1", 5, 0.5),
-        Precision("q4_0", 4.5, 0.5),
+        Precision("q4_1", 5, 0.8),
+        Precision("q4_0", 4.5, 0.8),
     )
 }
 FLOATS = ("f32", "f16", "bf16")

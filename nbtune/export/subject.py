@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nbtune._transformers import AutoTokenizer
-from nbtune.models import LoadedModel, load
+from nbtune.models import Source, load
 from nbtune.models.source import OnStatus
 from nbtune.models.trained import Trained
 from nbtune.peft import PeftModel
@@ -16,8 +17,6 @@ from nbtune.peft.config import PromptLearningConfig
 from nbtune.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER = "default"
@@ -29,7 +28,7 @@ class Subject:
 
     trained: Trained
     model: Any
-    base: LoadedModel
+    source: Source
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -42,6 +41,11 @@ class Subject:
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
         return self.model
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+        gc.collect()
 
 
 def float_spec(trained: Trained, dtype: str) -> ModelSpec:
@@ -59,13 +63,4 @@ def read(trained: Trained, spec: ModelSpec, device: torch.device | None, on_stat
     if (trained.folder / "tokenizer_config.json").is_file():  # another template, or tokens that were added
         tokenizer = AutoTokenizer.from_pretrained(trained.folder, local_files_only=True)
     model = loaded.model if trained.whole else PeftModel.from_pretrained(loaded.model, trained.folder)
-    return Subject(trained, model.eval(), loaded, tokenizer)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make a tokenizer."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and _is_tokenizer(path.name))
-
-
-def _is_tokenizer(name: str) -> bool:
-    return name.startswith("tokenizer") or name in ("chat_template.jinja", "special_tokens_map.json")
+    return Subject(trained, model.eval(), loaded.source, tokenizer)

@@ -1,7 +1,8 @@
-"""Models of each family that can be written as GGUF, of a few kilobytes, with random weights and a tokenizer made here."""
+"""Models of each family that can be written as GGUF: a few kilobytes of random weights, and a tokenizer."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ TEXT = [
     "I'd like 250 g of bread and café, please! Explain this code.",
     "def add(a, b):\n    return a + b\n",
 ] * 4
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 SIZES = {
@@ -54,9 +55,8 @@ def byte_level(pre: str) -> Tokenizer:
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last]) if first else last
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
     return tokenizer
 
@@ -66,8 +66,6 @@ def sentencepiece(*, space_first: bool) -> Tokenizer:
     learnt = Tokenizer(models.BPE(unk_token="<unk>"))
     learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     learnt.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=150, show_progress=False))
-    import json
-
     merges = [tuple(pair) for pair in json.loads(learnt.to_str())["model"]["merges"]]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["".join(pair) for pair in merges]
@@ -85,7 +83,8 @@ def sentencepiece(*, space_first: bool) -> Tokenizer:
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    inner = sentencepiece(space_first=kind == "sentencepiece") if kind in ("sentencepiece", "gemma") else byte_level(kind)
+    characters = kind in ("sentencepiece", "gemma")
+    inner = sentencepiece(space_first=kind == "sentencepiece") if characters else byte_level(kind)
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
