@@ -264,9 +264,12 @@ def _unproved() -> Proof:
 
 
 def _failed(done: Export) -> ExportError:
-    message = f"{done.proof}" if done.rounded is None else f"{done.proof}\nagainst the same weights: {done.rounded}"
     if done.same_tokens is False:
         message = "The tokenizer in the file splits sample texts otherwise than the model's own."
+    elif done.rounded is not None and done.rounded.holds:
+        message = f"{done.proof}. The file is right, but {done.dtype} keeps too little of this model; try more bits."
+    else:
+        message = f"{done.rounded or done.proof}"
     return ExportError(
         "What was written does not answer as the adapter does",
         message,

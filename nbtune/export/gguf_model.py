@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nbtune import _files
-from nbtune._transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from nbtune._transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from nbtune.errors import ExportError
 from nbtune.export import gguf_vocabulary
 from nbtune.export.card import public_name
@@ -143,9 +143,8 @@ def same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, chats: Sequence[
     Not for chats with a SentencePiece vocabulary: a GGUF does not say whether a space is put after special tokens, and
     llama.cpp and transformers do not agree on it.
     """
-    found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    kind = gguf.GGUFReader(path).fields[gguf.Keys.Tokenizer.MODEL].contents()
-    texts = [*QUESTIONS, *(chats if kind == "gpt2" else [])]
+    found = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    texts = [*QUESTIONS, *(chats if gguf_vocabulary.is_byte_level(tokenizer) else [])]
     return tokens(texts, found) == tokens(texts, tokenizer)
 
 

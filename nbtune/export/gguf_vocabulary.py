@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from nbtune._transformers import PreTrainedTokenizerFast
 from nbtune.errors import ExportError
 
 if TYPE_CHECKING:
@@ -87,17 +88,13 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
 
     Raises ExportError for a tokenizer that GGUF cannot hold, or that has more tokens than the embedding.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise _unfit(f"It is a {type(tokenizer).__name__}.")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = _rules(tokenizer)
     if rules["model"]["type"] != "BPE":
         raise _unfit(f"It is a {rules['model']['type']} model; llama.cpp's are BPE and SentencePiece's BPE.")
     if len(tokenizer) > size:
         raise _unfit(f"It has {len(tokenizer):,} tokens, the embedding {size:,} rows.")
     steps = _steps(rules["pre_tokenizer"])
-    bytes_ = any(name == "ByteLevel" for name, _ in steps)
+    bytes_ = _has_bytes(steps)
     tokens, types = _tokens(rules, size, bytes_)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in rules["model"]["merges"]]
     ids: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id,
@@ -116,6 +113,11 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     )
 
 
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it merges bytes (GPT-2's way), not characters (SentencePiece's)."""
+    return _has_bytes(_steps(_rules(tokenizer)["pre_tokenizer"]))
+
+
 def copy(path: Path, writer: gguf.GGUFWriter) -> None:
     """Write the tokenizer of another GGUF file as it stands there, all but its chat template."""
     for key, field in gguf.GGUFReader(path).fields.items():
@@ -123,6 +125,17 @@ def copy(path: Path, writer: gguf.GGUFWriter) -> None:
             kinds = field.types
             sub = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), kinds[0], sub_type=sub)
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tokenizer.json says."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise _unfit(f"It is a {type(tokenizer).__name__}.")
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def _has_bytes(steps: list[tuple[str, Any]]) -> bool:
+    return any(name == "ByteLevel" for name, _ in steps)
 
 
 def _steps(step: dict[str, Any] | None) -> list[tuple[str, Any]]:

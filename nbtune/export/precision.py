@@ -29,9 +29,9 @@ PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("f32", 32, 0.001, "float32"),
-        Precision("f16", 16, 0.01, "float16"),
-        Precision("bf16", 16, 0.05, "bfloat16"),
-        Precision("q8_0", 8.5, 0.1),
+        Precision("f16", 16, 0.02, "float16"),
+        Precision("bf16", 16, 0.1, "bfloat16"),
+        Precision("q8_0", 8.5, 0.3),
         Precision("q4_1", 5, 0.8),
         Precision("q4_0", 4.5, 0.8),
     )

@@ -25,14 +25,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def adapter(model: ModelSpec, config: PeftConfig, folder: Path) -> Path:
-    """An adapter of `model` that changes what it says."""
+def adapter(model: ModelSpec, config: PeftConfig, folder: Path, size: float = 0.1) -> Path:
+    """An adapter of `model` that changes what it says, by random numbers of this `size`."""
     torch.manual_seed(1)
     adapted = get_peft_model(load(model, device="cpu").model, config)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += size * torch.randn_like(parameter)
     adapted.save_pretrained(folder)
     return folder
 
