@@ -84,11 +84,12 @@ def write_gguf(subject: Subject, out: Path, precision: Precision) -> None:
 
 def add_description(writer: gguf.GGUFWriter, subject: Subject, kind: str) -> None:
     """What people read of a file."""
+    trained, base = subject.trained, public_name(subject.trained.model.name)
     writer.add_type(kind)
-    writer.add_name(subject.trained.name)
-    writer.add_description(f"{subject.trained.label} of {public_name(subject.trained.model.name)}")
+    writer.add_name(f"{base} {trained.name}")  # two words: transformers cannot read a file whose name is "mistral"
+    writer.add_description(f"{trained.label} of {base}")
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, public_name(subject.trained.model.name))
+    writer.add_base_model_name(0, base)
     writer.add_quantized_by(f"nbtune {version('nbtune')}")
 
 

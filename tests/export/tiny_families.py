@@ -24,7 +24,7 @@ LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 SIZES = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -32,12 +32,12 @@ SIZES = {
 }
 # family -> (model_type, what differs from SIZES, tokenizer)
 FAMILIES = {
-    "llama": ("llama", {"tie_word_embeddings": True, "attention_bias": True}, "smollm"),
+    "llama": ("llama", {"tie_word_embeddings": True}, "smollm"),
     "mistral": ("mistral", {"head_dim": 32}, "sentencepiece"),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}, "qwen2"),
     "qwen3": ("qwen3", {"head_dim": 128}, "qwen2"),
-    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}, "gemma"),
-    "gemma3": ("gemma3_text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8,
+    "gemma2": ("gemma2", {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 8}, "gemma"),
+    "gemma3": ("gemma3_text", {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 8,
                                "num_hidden_layers": 7}, "gemma"),
     "phi3": ("phi3", {}, "sentencepiece"),
 }  # fmt: skip
