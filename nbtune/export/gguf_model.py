@@ -12,9 +12,11 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.integrations.gguf import read_gguf_metadata
 
 from nbtune import _files
-from nbtune._transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from nbtune._transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from nbtune.errors import ExportError
 from nbtune.export import gguf_vocabulary
 from nbtune.export.card import public_name
@@ -39,11 +41,17 @@ _FILE_TYPES = {
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-# What transformers reads of a GGUF's hyperparameters in every family.
-_READ_BACK = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps vocab_size"
-    " max_position_embeddings tie_word_embeddings"
-).split()
+# What the file says of the model -> the same in transformers' config.
+_SAME = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+}
 
 
 def write_gguf(subject: Subject, out: Path, precision: Precision) -> None:
@@ -121,19 +129,22 @@ def encoded(name: str, weight: Tensor, kind: gguf.GGMLQuantizationType) -> np.nd
 def read_gguf(path: Path, config: Any, dtype: torch.dtype) -> Any:
     """The written model, its weights read by transformers.
 
-    `config` is the model's own: transformers reads no rotation scaling and not every head size from a GGUF. What it
-    does read must be the same. Raises ExportError where it is not.
+    `config` is the model's own: transformers reads no rotation scaling and not every head size from a GGUF. What the
+    file says must be the same. Raises ExportError where it is not.
     """
-    found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    values, names = read_gguf_metadata(str(path))
+    prefix = values["general.architecture"]
+    found = {key: values[f"{prefix}.{name}"] for name, key in _SAME.items()}
+    found["tie_word_embeddings"] = "output.weight" not in names
     wrong = [
-        f"{key} is {vars(found)[key]}, not {vars(config)[key]}"
-        for key in _READ_BACK
-        if not math.isclose(vars(found)[key], vars(config)[key], rel_tol=1e-6)
+        f"{key} is {value}, not {vars(config)[key]}"
+        for key, value in found.items()
+        if not math.isclose(value, vars(config)[key], rel_tol=1e-6)
     ]
     if wrong:
         raise ExportError("The written file says something else of the model", "; ".join(wrong), "Please report this.")
-    if found.model_type != config.model_type:  # Mistral is Llama there
-        config = type(found).from_dict({**config.to_dict(), "model_type": found.model_type})
+    if config.model_type == "mistral":  # which is Llama there
+        config = LlamaConfig.from_dict({**config.to_dict(), "model_type": "llama"})
     with no_progress_bars():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=dtype)
 

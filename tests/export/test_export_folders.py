@@ -162,8 +162,8 @@ def test_refused_before_anything_is_written(bases: Folder, adapters: Folder, tmp
     tensors = load_file(diverged / "adapter_model.safetensors")
     tensors = {name: tensor.fill_(float("nan")) if "layers.0" in name else tensor for name, tensor in tensors.items()}
     save_file(tensors, diverged / "adapter_model.safetensors")
-    refused(NbtuneError, "", diverged, "merged", out)
-    refused(NbtuneError, "", diverged, "gguf", tmp_path / "out.gguf")
+    refused(AdapterError, "nan", diverged, "merged", out)
+    refused(AdapterError, "nan", diverged, "gguf", tmp_path / "out.gguf")
 
 
 def test_too_little_room_is_said_first(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
