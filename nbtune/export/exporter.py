@@ -16,7 +16,7 @@ import torch
 
 from nbtune import _files
 from nbtune._transformers import AutoConfig
-from nbtune.errors import ExportError
+from nbtune.errors import ExportError, NbtuneError
 from nbtune.export import folders, gguf_families, gguf_lora, gguf_model
 from nbtune.export.card import public_name
 from nbtune.export.precision import PRECISIONS, ROUNDED_BOUND, Precision, choose
@@ -245,7 +245,20 @@ def _proved(
 
 
 def _read_back(done: Export, subject: Subject) -> tuple[Any, str]:
-    """The written model, and what read it. The one in memory makes room."""
+    """The written model, and what read it. The one in memory makes room. Raises ExportError where it cannot be read."""
+    try:
+        return _reader(done, subject)
+    except NbtuneError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(
+            "What was written cannot be read back",
+            f"{type(error).__name__}: {error}".splitlines()[0],
+            f"{done.path} was left as it is; do not use it.",
+        ) from error
+
+
+def _reader(done: Export, subject: Subject) -> tuple[Any, str]:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[done.computed_in]
     if done.format == "adapter":
         return folders.read_adapter(subject, done.path), "nbtune"

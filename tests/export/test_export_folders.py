@@ -96,6 +96,16 @@ def test_a_broken_merge_fails_the_proof(adapters: Folder, tmp_path: Path, monkey
     assert json.loads((tmp_path / "out" / "export.json").read_text())["proved"] is False
 
 
+def test_what_cannot_be_read_back(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, dtype: torch.dtype) -> Any:
+        raise ValueError("no such shard")
+
+    monkeypatch.setattr(folders, "read_merged", fail)
+    with pytest.raises(ExportError, match="cannot be read back\nValueError: no such shard"):
+        nt.export(adapters("qwen2"), "merged", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["proved"] is False
+
+
 def test_gguf_lora(adapters: Folder, tmp_path: Path) -> None:
     done = nt.export(adapters("llama"), "gguf-lora", tmp_path / "lora.gguf", dtype="f32")
     assert done.proof.relative_difference < 1e-5

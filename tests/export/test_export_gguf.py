@@ -10,6 +10,7 @@ import gguf
 import pytest
 import tiny_families
 import torch
+from conftest import adapter
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import nbtune as nt
@@ -17,7 +18,7 @@ from nbtune.errors import ExportError
 from nbtune.export import gguf_families
 from nbtune.export.gguf_vocabulary import vocabulary
 from nbtune.models import load
-from nbtune.peft import PeftModel
+from nbtune.peft import LoraConfig, PeftModel
 from nbtune.spec import ModelSpec
 
 Folder = Callable[[str], Path]
@@ -121,6 +122,37 @@ def test_unknown_rules_are_refused() -> None:
         vocabulary(made, 400)
     with pytest.raises(ExportError, match="tokens, the embedding 10 rows"):
         vocabulary(tiny_families.tokenizer("gpt-2"), 10)
+
+
+def test_biases_and_scaled_rotations(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    base = tiny_families.write("llama", tmp_path / "base", attention_bias=True, rope_parameters=rope)
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"])
+    folder = adapter(ModelSpec(name=str(base), dtype="float32"), config, tmp_path / "adapter")
+    done = nt.export(folder, "gguf", tmp_path / "model.gguf", dtype="f32")
+    assert done.proof.relative_difference < 1e-5
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(done.path).tensors}
+    assert "blk.0.attn_q.bias" in tensors
+    assert tensors["rope_freqs.weight"].data.max() == 8
+
+
+def test_long_rotations(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 10 for i in range(8)],
+            "long_factor": [2.0 + i for i in range(8)]}  # fmt: skip
+    base = tiny_families.write(
+        "phi3", tmp_path / "base", rope_parameters=rope, original_max_position_embeddings=256, sliding_window=128
+    )
+    config = LoraConfig(r=4, target_modules=["qkv_proj"])
+    folder = adapter(ModelSpec(name=str(base), dtype="float32"), config, tmp_path / "adapter")
+    done = nt.export(folder, "gguf", tmp_path / "model.gguf", dtype="f32")
+    assert done.proof.relative_difference < 1e-5
+    tensors = {tensor.name: tensor.data.tolist() for tensor in gguf.GGUFReader(done.path).tensors}
+    assert tensors["rope_factors_long.weight"] == rope["long_factor"]
+    values = metadata(done.path)
+    assert values["phi3.rope.scaling.original_context_length"] == 256
+    assert values["phi3.attention.sliding_window"] == 128
+    assert values["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 8) ** 0.5)  # 512 is twice 256 = 2 ** 8
 
 
 def test_llama3_factors_are_transformers() -> None:
