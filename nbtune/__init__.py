@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbtune.check import Problem, check
     from nbtune.errors import NbtuneError
+    from nbtune.export import export
     from nbtune.infer.arena import arena
     from nbtune.infer.ask import ask
     from nbtune.infer.server import serve
@@ -49,6 +50,7 @@ _HOME = {
     "arena": "nbtune.infer.arena",
     "ask": "nbtune.infer.ask",
     "check": "nbtune.check",
+    "export": "nbtune.export",
     "plan": "nbtune.plan",
     "runs": "nbtune.run",
     "serve": "nbtune.infer.server",
@@ -71,6 +73,7 @@ __all__ = [
     "arena",
     "ask",
     "check",
+    "export",
     "plan",
     "runs",
     "serve",

@@ -33,6 +33,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside `path` that becomes `path` when the block ends well and vanishes when it fails.
+
+    Raises FileExistsError where `path` is there already: nothing is ever overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        if path.exists():
+            raise FileExistsError(f"{path} exists already")
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well and vanishes when it fails.
 

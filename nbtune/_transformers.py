@@ -23,6 +23,7 @@ from transformers import (  # noqa: E402 - see above
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
@@ -41,4 +42,5 @@ __all__ = [
     "DynamicCache",
     "EncoderDecoderCache",
     "PreTrainedModel",
+    "PreTrainedTokenizerFast",
 ]

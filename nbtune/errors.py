@@ -34,3 +34,7 @@ class AdapterError(NbtuneError, ValueError):
 
 class RunError(NbtuneError, RuntimeError):
     """A run cannot be started, resumed or opened."""
+
+
+class ExportError(NbtuneError, RuntimeError):
+    """An export cannot be made, or what was written does not answer as the adapter does."""

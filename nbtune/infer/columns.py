@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
-from nbtune.errors import AdapterError, NbtuneError, RunError
+from nbtune.errors import NbtuneError
 from nbtune.models import resolve
-from nbtune.spec import ModelSpec, RunSpec, method_label
+from nbtune.models.trained import Trained as Column
+from nbtune.models.trained import TrainedLike as ColumnLike
+from nbtune.models.trained import find_trained
+from nbtune.spec import ModelSpec
 
 BASE = "base"
-
-
-@runtime_checkable
-class RunLike(Protocol):
-    """A run, live or finished: `path` is its folder, which holds `spec.yaml` and `adapter/` or `model/`."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def path(self) -> Path: ...
-
-
-ColumnLike = str | Path | RunLike
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One column beside the base."""
-
-    name: str
-    folder: Path  # of the adapter, or of the whole model where `whole`
-    label: str  # "LoRA r16"
-    model: ModelSpec
-    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +47,7 @@ def line_up(columns: Iterable[ColumnLike], runs_dir: str | Path | None = None) -
     for item in columns:
         if item == BASE:
             continue
-        column = _column(item, folder)
+        column = find_trained(item, folder)
         if all(column.folder.resolve() != other.folder.resolve() for other in found):
             found.append(column)
     found = _unique_names(found)
@@ -82,75 +59,6 @@ def line_up(columns: Iterable[ColumnLike], runs_dir: str | Path | None = None) -
             "Compare adapters of one base model at a time.",
         )
     return Lineup(models[0], tuple(found))
-
-
-def _column(item: ColumnLike, runs_dir: Path) -> Column:
-    if isinstance(item, RunLike):
-        return _of_run(item.id, Path(item.path))
-    path = Path(item)
-    if not path.exists() and (runs_dir / path).exists():
-        path = runs_dir / path
-    if (path / "adapter_config.json").is_file():
-        return _of_adapter(path)
-    if (path / "spec.yaml").is_file():
-        return _of_run(path.resolve().name, path)
-    known = sorted(run.parent.name for run in runs_dir.glob("*/spec.yaml"))
-    raise RunError(
-        f"There is no run and no adapter {str(item)!r}",
-        f"Neither {path} nor {runs_dir / str(item)} holds an adapter_config.json or a spec.yaml.",
-        f"Runs in {runs_dir}: {', '.join(known) if known else 'none'}.",
-    )
-
-
-def _of_run(name: str, path: Path) -> Column:
-    try:
-        spec = RunSpec.from_yaml(path / "spec.yaml")
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{name} is not a run", f"{path / 'spec.yaml'} does not exist.", "Name a run's folder."
-        ) from error
-    if spec.method == "full":
-        if not (path / "model" / "config.json").is_file():
-            raise _unfinished(name, path / "model")
-        return Column(name, path / "model", "full fine-tune", spec.model, whole=True)
-    folder = path / "adapter"
-    if not (folder / "adapter_config.json").is_file():
-        raise _unfinished(name, folder)
-    return Column(name, folder, method_label(_read(folder)), spec.model)
-
-
-def _of_adapter(folder: Path) -> Column:
-    """An adapter on its own, or one inside a run, whose spec then says more than the adapter does."""
-    run = folder.resolve().parent
-    if folder.resolve().name == "adapter" and (run / "spec.yaml").is_file():
-        return _of_run(run.name, run)
-    config = _read(folder)
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(
-            "This adapter does not say which model it belongs to",
-            f"{folder / 'adapter_config.json'} has no base_model_name_or_path.",
-            "Write the name of its base model there.",
-        )
-    model = ModelSpec(name=str(base), revision=config.get("revision"))
-    return Column(folder.resolve().name, folder, method_label(config), model)
-
-
-def _unfinished(name: str, folder: Path) -> RunError:
-    return RunError(
-        f"{name} has no weights to compare yet", f"{folder} does not exist.", "Wait for the run to end, or resume it."
-    )
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError("The adapter's config cannot be read", f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError("The adapter's config cannot be read", f"{path} is not a JSON object.")
-    return config
 
 
 def _unique_names(columns: Sequence[Column]) -> list[Column]:

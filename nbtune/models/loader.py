@@ -94,7 +94,7 @@ def _read_model(
     from nbtune.modules.quantised import is_quantised, keep_unpacked
 
     quantised = spec.quantised_bytes is not None
-    with building(source), _no_progress_bars():
+    with building(source), no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -187,7 +187,8 @@ def clear_errors(source: Source) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """transformers reads and writes weights without progress bars inside."""
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():

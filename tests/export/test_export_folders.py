@@ -1,0 +1,196 @@
+"""Exports that are folders, GGUF LoRA adapters, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from conftest import adapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import nbtune as nt
+from nbtune.cli import app
+from nbtune.errors import AdapterError, ExportError, NbtuneError, RunError
+from nbtune.export import exporter, folders
+from nbtune.peft import LoraConfig, PromptTuningConfig
+from nbtune.spec import ModelSpec, RunSpec
+
+Folder = Callable[[str], Path]
+
+
+def run_folder(path: Path, model: ModelSpec, weights: Path | None, method: Any = None) -> Path:
+    """A run as training leaves it."""
+    path.mkdir(parents=True)
+    spec = RunSpec(model=model, data="stdlib-docs", method=method or LoraConfig(r=4))
+    (path / "spec.yaml").write_text(spec.to_yaml())
+    summary = {"eval_loss_before": 2.5, "eval_loss_after": 1.25, "steps": 20, "train_loss": 1.5}
+    (path / "summary.json").write_text(json.dumps(summary))
+    if weights is not None:
+        shutil.copytree(weights, path / ("model" if method == "full" else "adapter"))
+    return path
+
+
+def test_the_adapter_is_copied(bases: Folder, adapters: Folder, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "runs" / "amber-heron", ModelSpec(name=str(bases("qwen2"))), adapters("qwen2"))
+    done = nt.export("amber-heron", "adapter", tmp_path / "out", runs_dir=tmp_path / "runs")
+    assert done.proof.largest_difference == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (done.path / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    card = (done.path / "README.md").read_text()
+    assert "held-out loss after (nats per token) | 1.25" in card
+    assert "stdlib-docs" in card
+    assert "learning_rate" in card
+    assert str(tmp_path) not in card
+    assert str(bases("qwen2").parent) not in card
+    report = json.loads((done.path / "export.json").read_text())
+    assert (report["proved"], report["format"], report["source"]) == (True, "adapter", "amber-heron")
+    with pytest.raises(ExportError, match="exists already"):
+        nt.export("amber-heron", "adapter", tmp_path / "out", runs_dir=tmp_path / "runs")
+
+
+def test_merged_after_training_in_4_bits(bases: Folder, adapters: Folder, tmp_path: Path, capsys: Any) -> None:
+    spec = ModelSpec(name=str(bases("qwen2")), load_in_4bit=True)
+    run = run_folder(tmp_path / "run", spec, adapters("qwen2"))
+    done = nt.export(run, "merged", tmp_path / "out")
+    assert done.proof.relative_difference < 0.02
+    assert done.from_quantised is not None
+    assert 0.01 < done.from_quantised.relative_difference < 0.5
+    said = capsys.readouterr().out
+    assert "proof: largest logit difference" in said
+    assert "from the quantised base that it was trained on" in said
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is not None
+    assert {"generation_config.json", "README.md", "export.json"} <= {path.name for path in done.path.iterdir()}
+    assert str(tmp_path) not in (done.path / "config.json").read_text()
+
+
+def test_a_full_fine_tune(bases: Folder, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", ModelSpec(name=str(bases("qwen2"))), bases("qwen2"), "full")
+    done = nt.export(run, "merged", tmp_path / "out", dtype="f32")
+    assert done.proof.largest_difference == 0
+    assert nt.export(run, "gguf", tmp_path / "out.gguf").proof.greedy_agree == 48
+    with pytest.raises(ExportError, match="has no adapter"):
+        nt.export(run, "gguf-lora", tmp_path / "lora.gguf")
+
+
+def test_a_broken_merge_fails_the_proof(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_another(folder: Path, dtype: torch.dtype) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[:] = 0
+        return model
+
+    monkeypatch.setattr(folders, "read_merged", read_another)
+    with pytest.raises(ExportError, match="does not answer as the adapter does"):
+        nt.export(adapters("qwen2"), "merged", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["proved"] is False
+
+
+def test_what_cannot_be_read_back(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, dtype: torch.dtype) -> Any:
+        raise ValueError("no such shard")
+
+    monkeypatch.setattr(folders, "read_merged", fail)
+    with pytest.raises(ExportError, match="cannot be read back\nValueError: no such shard"):
+        nt.export(adapters("qwen2"), "merged", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["proved"] is False
+
+
+def test_gguf_lora(adapters: Folder, tmp_path: Path) -> None:
+    done = nt.export(adapters("llama"), "gguf-lora", tmp_path / "lora.gguf", dtype="f32")
+    assert done.proof.relative_difference < 1e-5
+    reader = gguf.GGUFReader(done.path)
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    assert values["general.type"] == "adapter"
+    assert values["general.architecture"] == "llama"
+    assert values["adapter.type"] == "lora"
+    assert values["adapter.lora.alpha"] == 16
+    shapes = {tensor.name: list(map(int, tensor.shape)) for tensor in reader.tensors}
+    assert shapes["blk.0.attn_q.weight.lora_a"] == [64, 4]  # GGUF names the inner size first
+    assert shapes["blk.0.attn_q.weight.lora_b"] == [4, 64]
+    assert len(shapes) == 2 * 4 * 2
+
+
+def test_gguf_lora_takes_in_other_scalings(bases: Folder, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "up_proj"],
+                        rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 3})  # fmt: skip
+    folder = adapter(ModelSpec(name=str(bases("llama")), dtype="float32"), config, tmp_path / "adapter")
+    assert nt.export(folder, "gguf-lora", tmp_path / "lora.gguf", dtype="f32").proof.relative_difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "format", "message"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "gguf-lora", "DoRA"),
+        (LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "gguf-lora", "a trained bias"),
+        (nt.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "gguf-lora", "It is IA3"),
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "gguf-lora", "lm_head"),
+        (PromptTuningConfig(num_virtual_tokens=4), "merged", "A trained prompt is no change of a weight"),
+    ],
+)
+def test_what_does_not_fit_the_format(config: Any, format: Any, message: str, bases: Folder, tmp_path: Path) -> None:
+    folder = adapter(ModelSpec(name=str(bases("qwen3")), dtype="float32"), config, tmp_path / "adapter")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(ExportError, match=message):
+        nt.export(folder, format, out)
+    assert not out.exists()
+
+
+def test_refused_before_anything_is_written(bases: Folder, adapters: Folder, tmp_path: Path) -> None:
+    def refused(error: type[NbtuneError], message: str, *arguments: Any, **settings: Any) -> None:
+        with pytest.raises(error, match=message):
+            nt.export(*arguments, **settings)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.gguf").exists()
+
+    good, out = adapters("qwen2"), tmp_path / "out"
+    refused(ExportError, "no export format 'onnx'.*\n.*adapter, merged, gguf, gguf-lora", good, "onnx", out)
+    refused(ExportError, "merged cannot be written in q4_0", good, "merged", out, dtype="q4_0")
+    refused(ExportError, "adapter has no dtype", good, "adapter", out, dtype="f16")
+    refused(ExportError, r"must end in \.gguf", good, "gguf", out)
+    refused(RunError, "no run and no adapter 'nobody'", "nobody", "merged", out)
+    unfinished = run_folder(tmp_path / "unfinished", ModelSpec(name=str(bases("qwen2"))), None)
+    refused(RunError, "unfinished has no weights yet", unfinished, "merged", out)
+    foreign = run_folder(tmp_path / "foreign", ModelSpec(name=str(bases("qwen3"))), good)
+    refused(AdapterError, "does not fit the model", foreign, "gguf", tmp_path / "out.gguf")
+
+    cut = Path(shutil.copytree(good, tmp_path / "cut"))
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(AdapterError, "Unreadable weights", cut, "merged", out)
+    diverged = Path(shutil.copytree(good, tmp_path / "diverged"))
+    tensors = load_file(diverged / "adapter_model.safetensors")
+    tensors = {name: tensor.fill_(float("nan")) if "layers.0" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, diverged / "adapter_model.safetensors")
+    refused(AdapterError, "nan", diverged, "merged", out)
+    refused(AdapterError, "nan", diverged, "gguf", tmp_path / "out.gguf")
+
+
+def test_too_little_room_is_said_first(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "available_memory", lambda device: 1000)
+    with pytest.raises(ExportError, match=r"Not enough memory to export qwen2\nIt takes 0\.0 GB"):
+        nt.export(adapters("qwen2"), "merged", tmp_path / "out")
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ExportError, match="Not enough room on the disk"):
+        nt.export(adapters("qwen2"), "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(adapters: Folder, tmp_path: Path) -> None:
+    arguments = ["export", str(adapters("qwen2")), "gguf", str(tmp_path / "model.gguf"), "--dtype", "f32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "all 48 greedy tokens agree" in result.output
+    assert (tmp_path / "model.gguf").exists()
