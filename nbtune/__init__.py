@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nbtune.peft.config import PeftConfig
     from nbtune.peft.configs.lora import LoraConfig
     from nbtune.plan import Plan, plan
+    from nbtune.routing import router
     from nbtune.run import Run, runs, train
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
 
@@ -49,6 +50,7 @@ _HOME = {
     "ask": "nbtune.infer.ask",
     "check": "nbtune.check",
     "plan": "nbtune.plan",
+    "router": "nbtune.routing",
     "runs": "nbtune.run",
     "settings": "nbtune.spec",
     "train": "nbtune.run",
@@ -70,6 +72,7 @@ __all__ = [
     "ask",
     "check",
     "plan",
+    "router",
     "runs",
     "settings",
     "train",
