@@ -31,6 +31,7 @@ def router(
     threshold: float | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     refresh: bool = False,
+    embedder: Embedder | None = None,
 ) -> Router:
     """Choose for each prompt which of these columns answers it, or the base.
 
@@ -38,7 +39,8 @@ def router(
     expressions of RE2 by column; without either, the column whose training prompts are most like the prompt answers,
     and the base where the score is below `threshold`. Indexes of the training prompts are kept beside each run as
     `router.safetensors` and `router.json`; `refresh` makes them again. An adapter without its run needs its `prompts`.
-    Raises NbtuneError where a column does not exist, or there is nothing to compare with.
+    `embedder` is the base model where it is in memory already; else it is loaded. Raises NbtuneError where a column
+    does not exist, or there is nothing to compare with.
     """
     lineup = line_up(columns, runs_dir)
     names = [column.name for column in lineup.columns]
@@ -52,7 +54,7 @@ def router(
         raise NbtuneError("There is nothing to route to", "No column is given but the base.", "Name a run.")
     if unknown := [name for name in prompts or {} if name not in names]:
         raise NbtuneError(f"There is no column {unknown[0]!r}", f"There are: {', '.join(names)}.")
-    embedder = Embedder.of_model(lineup.model)
+    embedder = embedder or Embedder.of_model(lineup.model)
     given = prompts or {}
     indexes = {column.name: _index(column, embedder, given.get(column.name), refresh) for column in lineup.columns}
     return BySimilarity(Nearest(indexes, embedder), threshold)

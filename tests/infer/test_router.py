@@ -14,9 +14,9 @@ from nbtune.infer.router import ByPattern, ByRule, BySimilarity, Decision
 from nbtune.infer.similarity import MAX_ROWS, Embedder, Index, Nearest
 from nbtune.spec import DataSpec, ModelSpec, RunSpec
 
-DISHES = ("a lentil soup", "pancakes", "fried rice", "an apple pie", "a tomato salad", "roast chicken", "fish stew")
+DISHES = ("a lentil soup", "pancakes", "an apple pie", "roast chicken", "fish stew")
 KITCHEN = ("How long do I cook {}?", "Which spices go into {}?", "How do I keep {} warm?", "Give me a recipe for {}.")
-THINGS = ("a list", "a dictionary", "a file path", "a string", "an integer", "a generator", "a thread lock")
+THINGS = ("a list", "a dictionary", "a file path", "a string", "a thread lock")
 CODE = (
     "How do I sort {} in Python?",
     "What does len() return for {}?",
@@ -99,16 +99,16 @@ def test_indexes_are_kept_beside_the_runs_and_used_again(tiny_runs):
         nt.router("cook", runs_dir=tiny_runs)
 
 
-def test_one_adapter_and_the_base(tiny_runs):
-    router = nt.router("cook", runs_dir=tiny_runs)
+def test_one_adapter_and_the_base(tiny_runs, embedder):
+    router = nt.router("cook", runs_dir=tiny_runs, embedder=embedder)
     near, far = router.route(COOK[-1]), router.route("Zebras migrate across Kenya yearly")
     assert (near.column, near.second) == ("cook", "base")
     assert near.reason.startswith("nearest to the data of cook: ")
     assert (far.column, far.second) == ("base", "cook")
 
 
-def test_the_threshold_is_the_callers(tiny_runs):
-    strict = nt.router("cook", "program", runs_dir=tiny_runs, threshold=0.999)
+def test_the_threshold_is_the_callers(tiny_runs, embedder):
+    strict = nt.router("cook", "program", runs_dir=tiny_runs, embedder=embedder, threshold=0.999)
     assert isinstance(strict, BySimilarity)
     decision = strict.route(COOK[-1])
     assert (decision.column, decision.second) == ("base", "cook")
@@ -119,8 +119,8 @@ def test_the_threshold_is_the_callers(tiny_runs):
         BySimilarity(strict.nearest, threshold=2)
 
 
-def test_any_prompt_gets_a_decision(tiny_runs):
-    router = nt.router("cook", "program", runs_dir=tiny_runs)
+def test_any_prompt_gets_a_decision(tiny_runs, embedder):
+    router = nt.router("cook", "program", runs_dir=tiny_runs, embedder=embedder)
     for prompt in ("", " ", "<|im_end|>", "\udcff", "a" * 1_000_000, "\0"):
         assert isinstance(router.route(prompt), Decision)
 
