@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nbtune.peft.config import PeftConfig
     from nbtune.peft.configs.lora import LoraConfig
     from nbtune.plan import Plan, plan
+    from nbtune.routing import router
     from nbtune.run import Run, runs, train
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
 
@@ -52,6 +53,7 @@ _HOME = {
     "check": "nbtune.check",
     "export": "nbtune.export",
     "plan": "nbtune.plan",
+    "router": "nbtune.routing",
     "runs": "nbtune.run",
     "serve": "nbtune.infer.server",
     "settings": "nbtune.spec",
@@ -75,6 +77,7 @@ __all__ = [
     "check",
     "export",
     "plan",
+    "router",
     "runs",
     "serve",
     "settings",

@@ -1,6 +1,6 @@
 """How the next token is chosen: the settings, where their defaults come from, and the choice itself.
 
-    defaults = default_sampling(model.generation_config)   # .sampling, .source, .text
+    defaults = default_sampling(model.generation_config, architecture=model.config)   # .sampling, .source, .text
     sampler = Sampler(defaults.sampling, seed=0, device=model.device)
     token = sampler(ids, logits)
 
@@ -10,17 +10,19 @@ The processors are transformers' own, in the order of its `generate`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nbtune.errors import NbtuneError
+from nbtune.infer.families import family_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
-SettingSource = Literal["generation_config", "nbtune's default"]
+OWN_FILE = "generation_config.json"
 
 
 class Sampling(BaseModel):
@@ -74,26 +76,79 @@ class SamplingDefaults:
     """The settings that a model starts with, and who says so."""
 
     sampling: Sampling
-    source: SettingSource
+    source: str  # "generation_config", "the base's generation_config", "the model card of ...", "nbtune's default"
     named: tuple[str, ...]  # the fields that the source names; the others are neutral
+    ignored: str = ""  # what a source before it says that cannot be used, and why
 
     @property
     def text(self) -> str:
-        """For people: `temperature 0.2 from generation_config`."""
-        return f"{settings_text(self.sampling, self.named)} from {self.source}"
+        """For people: `temperature 0.2, top_p 0.9 from generation_config`."""
+        said = f"{settings_text(self.sampling, self.named)} from {self.source}"
+        return f"{said} ({self.ignored})" if self.ignored else said
 
 
-def default_sampling(config: GenerationConfig) -> SamplingDefaults:
-    """The model's own settings where its generation_config names any, else temperature 0.2 and top_p 0.9.
+def default_sampling(
+    config: GenerationConfig,
+    *,
+    base: GenerationConfig | None = None,
+    architecture: PretrainedConfig | None = None,
+) -> SamplingDefaults:
+    """What a model starts with, from the first of these that names a setting.
 
-    0.2 and 0.9 are what the card of SmolLM2-Instruct recommends: small models wander at higher temperatures. A model
-    that names only some settings gets neutral values for the others.
+    `config`, its own; `base`, that of the model it was made from; what the maker publishes for models of its
+    `architecture`; else temperature 0.2 and top_p 0.9, which the card of SmolLM2-Instruct recommends: small models
+    wander at higher temperatures. A source that names only some settings leaves the others neutral. One that names a
+    value out of range is passed over, and `ignored` says so: nobody can mend a file of the hub.
     """
-    given = {name: value for name, value in config.to_diff_dict().items() if name in Sampling.model_fields}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return SamplingDefaults(Sampling(), "nbtune's default", ("temperature", "top_p"))
-    return SamplingDefaults(Sampling.of(**{**NEUTRAL.model_dump(), **given}), "generation_config", tuple(given))
+    ignored = ""
+    for source, given in _sources(config, base, architecture):
+        if not given:
+            continue
+        try:
+            sampling = Sampling.of(**{**NEUTRAL.model_dump(), **given})
+        except NbtuneError as error:
+            ignored = ignored or f"{source} is not used: {error.message}"
+            continue
+        return SamplingDefaults(sampling, source, tuple(given), ignored)
+    return SamplingDefaults(Sampling(), "nbtune's default", ("temperature", "top_p"), ignored)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation_config.json of a model's or an adapter's folder; none where there is no such file.
+
+    Raises NbtuneError where the file is not JSON.
+    """
+    if not (folder / OWN_FILE).is_file():
+        return None
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as error:
+        raise NbtuneError(
+            "The sampling settings cannot be read", f"{folder / OWN_FILE}: {error}", "Mend the file, or delete it."
+        ) from error
+
+
+def _sources(
+    config: GenerationConfig, base: GenerationConfig | None, architecture: PretrainedConfig | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Who may say something, and what they say, the nearest to the model first."""
+    sources = [("generation_config", _named(config))]
+    if base is not None:
+        sources.append(("the base's generation_config", _named(base)))
+    if architecture is not None and (family := family_of(architecture)):
+        sources.append((family.published, dict(family.settings)))
+    return sources
+
+
+def _named(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that a config names. One that says `do_sample: false` is greedy, whatever else stands in it."""
+    named = config.to_diff_dict()
+    given = {name: named[name] for name in Sampling.model_fields if named.get(name) is not None}
+    if named.get("do_sample") is False:
+        return {**given, "temperature": 0}
+    return given
 
 
 def settings_text(sampling: Sampling, names: tuple[str, ...]) -> str:
