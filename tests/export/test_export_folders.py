@@ -11,8 +11,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import adapter
 from safetensors.torch import load_file, save_file
+from tiny_families import adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

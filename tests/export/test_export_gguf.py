@@ -10,7 +10,7 @@ import gguf
 import pytest
 import tiny_families
 import torch
-from conftest import adapter
+from tiny_families import adapter
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import nbtune as nt

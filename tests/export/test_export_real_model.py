@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import adapter
+from tiny_families import adapter
 from transformers.integrations.gguf import read_gguf_metadata
 
 import nbtune as nt

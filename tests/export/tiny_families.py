@@ -10,6 +10,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from nbtune.models import load
+from nbtune.peft import PeftConfig, get_peft_model
+from nbtune.spec import ModelSpec
+
 TEXT = [
     "What does os.path.join do? It joins one or more path segments.",
     "Write one sentence about the sea, then count from 1 to 12.",
@@ -105,4 +109,16 @@ def write(family: str, folder: Path, **changes: object) -> Path:
             parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     made.save_pretrained(folder)
+    return folder
+
+
+def adapter(model: ModelSpec, config: PeftConfig, folder: Path, size: float = 0.1) -> Path:
+    """An adapter of `model` that changes what it says, by random numbers of this `size`."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(load(model, device="cpu").model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += size * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
     return folder
