@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbtune.check import Problem, check
+    from nbtune.compare.arena import arena
+    from nbtune.compare.routing import router
     from nbtune.errors import NbtuneError
     from nbtune.export import export
-    from nbtune.infer.arena import arena
     from nbtune.infer.ask import ask
     from nbtune.infer.server import serve
     from nbtune.peft.config import PeftConfig
     from nbtune.peft.configs.lora import LoraConfig
     from nbtune.plan import Plan, plan
-    from nbtune.routing import router
     from nbtune.run import Run, runs, train
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
 
@@ -48,12 +48,12 @@ _HOME = {
     "RunSpec": "nbtune.spec",
     "TrackingSpec": "nbtune.spec",
     "TrainingSpec": "nbtune.spec",
-    "arena": "nbtune.infer.arena",
+    "arena": "nbtune.compare.arena",
     "ask": "nbtune.infer.ask",
     "check": "nbtune.check",
     "export": "nbtune.export",
     "plan": "nbtune.plan",
-    "router": "nbtune.routing",
+    "router": "nbtune.compare.routing",
     "runs": "nbtune.run",
     "serve": "nbtune.infer.server",
     "settings": "nbtune.spec",

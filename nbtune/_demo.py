@@ -42,7 +42,7 @@ def run_demo(runs_dir: Path, *, max_steps: int, chat: bool, console: Console) ->
     _print_summary(run, output, tracking_uri(run.spec.tracking, runs_dir), time.monotonic() - began, console)
     _print_answers(run, console)
     if chat:
-        from nbtune.infer.arena import arena
+        from nbtune.compare.arena import arena
 
         console.print("[bold]Chat[/]      Ctrl-C ends it.")
         page = arena("base", run)

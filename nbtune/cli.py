@@ -127,7 +127,7 @@ def arena(
     port: Annotated[int | None, typer.Option(help="Port of the page; default the first free one from 7860.")] = None,
 ) -> None:
     """Chat with the base model and adapters side by side."""
-    from nbtune.infer.arena import arena as open_arena
+    from nbtune.compare.arena import arena as open_arena
 
     page = open_arena("base", *_columns(run_ids, runs_dir), runs_dir=_folder(runs_dir), port=port)
     console.print("Ctrl-C ends it.")

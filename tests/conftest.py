@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ("adapted",)
+
 # Two test processes, a kernel and a browser share two cores: OpenMP threads that wait at their barriers would stop all
 # of them. Read when torch is loaded, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -188,7 +188,7 @@ def clear_errors(source: Source) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers reads and writes weights without progress bars inside."""
+    """Transformers reads and writes weights without progress bars inside."""
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():

@@ -48,7 +48,7 @@ def test_an_unknown_run_is_refused_with_the_known_ones(runs_dir):
 def test_a_run_without_weights_is_refused(tmp_path):
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "spec.yaml").write_text(RunSpec().to_yaml())
-    with pytest.raises(RunError, match="no weights to compare yet"):
+    with pytest.raises(RunError, match="no weights yet"):
         line_up(["young"], tmp_path)
 
 

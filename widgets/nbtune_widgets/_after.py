@@ -69,7 +69,7 @@ class After:
         self.told.value = notice(text, "error") + _reports.folded("Traceback", where)
 
     def _compare(self) -> None:
-        from nbtune.infer.arena import arena
+        from nbtune.compare.arena import arena
 
         url = arena("base", self.run).url  # pyright: ignore[reportArgumentType] - a Run, or what a test has for one
         link = f'<a href="{url}" target="_blank" rel="noopener">{url}</a>'

@@ -265,7 +265,7 @@ class RunsView:
             self._refresh()
 
     def _chat(self) -> None:
-        from nbtune.infer.arena import arena
+        from nbtune.compare.arena import arena
 
         chosen = self.selected
         self._say(notice("Loading the model …", "info"))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.themes.utils import colors, sizes
 
+from nbtune.compare.chat import View
 from nbtune.errors import NbtuneError
-from nbtune.infer.chat import View
 
 if TYPE_CHECKING:
     from nbtune.infer.engine import Finish, Stats

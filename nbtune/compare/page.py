@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from nbtune.compare import look
+from nbtune.compare.chat import ChatSettings, History, View, ask
 from nbtune.errors import NbtuneError
-from nbtune.infer import look
-from nbtune.infer.chat import ChatSettings, History, View, ask
 from nbtune.infer.sampling import NEUTRAL, Sampling, settings_text
 
 if TYPE_CHECKING:

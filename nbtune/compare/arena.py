@@ -13,11 +13,11 @@ import sys
 import threading
 from pathlib import Path
 
+from nbtune.compare.look import CSS, theme
+from nbtune.compare.page import Page
 from nbtune.errors import NbtuneError
 from nbtune.infer.columns import ColumnLike, Lineup, line_up
 from nbtune.infer.engine import Engine
-from nbtune.infer.look import CSS, theme
-from nbtune.infer.page import Page
 
 HOST = "127.0.0.1"
 _open: Arena | None = None  # one arena a process: an abandoned one would keep its port and its model

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from gradio_client import Client
 
+from nbtune.compare.arena import arena
 from nbtune.errors import NbtuneError
-from nbtune.infer.arena import arena
 
 SHOTS = Path(os.environ.get("NBTUNE_SHOTS", "/tmp/shots"))
 COLUMNS = ("base", "amber-heron", "quiet.otter")
@@ -151,7 +151,7 @@ def test_in_a_browser(page, chromium, scheme, width, height):
 
 
 def test_a_taken_port_is_a_clear_error(page, runs_dir, monkeypatch):
-    monkeypatch.setattr("nbtune.infer.arena._open", None)
+    monkeypatch.setattr("nbtune.compare.arena._open", None)
     with pytest.raises(NbtuneError, match="port is taken"):
         arena(runs_dir=runs_dir, port=int(page.url.rpartition(":")[2]))
 
@@ -169,7 +169,7 @@ def test_a_new_arena_closes_the_one_before_and_wait_returns(adapters):
 
 
 def test_gradio_and_torch_are_imported_only_with_the_arena():
-    modules = "nbtune.infer.columns, nbtune.infer.sampling, nbtune.infer.chat"
+    modules = "nbtune.infer.columns, nbtune.infer.sampling, nbtune.compare.chat"
     code = f"import sys, {modules}; print([name for name in ('gradio', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == []
