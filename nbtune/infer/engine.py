@@ -97,7 +97,7 @@ class Engine:
             self.answer(column, messages, sampling, max_new_tokens=max_new_tokens, seed=seed)
             for column, messages in column_messages.items()
         ]
-        return self._take_turns(answers, should_stop)
+        return (delta for _, delta in self.write(answers, should_stop))
 
     def answer(
         self, column: str, messages: Sequence[Message], sampling: Sampling, *, max_new_tokens: int, seed: int
@@ -136,21 +136,24 @@ class Engine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _take_turns(self, answers: list[Answer], should_stop: Callable[[], bool]) -> Iterator[Delta]:
+    def write(
+        self, answers: Sequence[Answer], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Answer, Delta]]:
+        """Each answer with its next token, a token of each after the other. Ends and waits as `stream` does."""
         waiting = True
         while waiting and not should_stop():
             waiting = not self._lock.acquire(timeout=0.05)
         if waiting:
-            yield from (answer.stopped() for answer in answers)
+            yield from ((answer, answer.stopped()) for answer in answers)
             return
         try:
             batches = self.batches(answers)
             while batches:
                 for batch in batches:
-                    for delta in batch.turn():
-                        yield delta
+                    for answer, delta in zip(tuple(batch.answers), batch.turn(), strict=True):
+                        yield answer, delta
                         if should_stop():
-                            yield from (answer.stopped() for batch in batches for answer in batch.answers)
+                            yield from ((left, left.stopped()) for other in batches for left in other.answers)
                             return
                 batches = [batch for batch in batches if batch.answers]
         finally:
