@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.themes.utils import colors, sizes
 
-from nbtune.compare.chat import View
+from nbtune.compare.conversation import Turn, View
 from nbtune.errors import NbtuneError
+from nbtune.infer.attachments import Context
 
 if TYPE_CHECKING:
     from nbtune.infer.engine import Finish, Stats
@@ -27,7 +29,7 @@ BLUE = colors.Color(
     *("#eef3fd", "#dbe6fb", "#bcd0f7", "#94b3f0", "#6b93e6", "#3b6fd4"),
     *("#2f5fc0", "#274f9f", "#22427f", "#1d3663", "#14243f"),
 )
-_OWN_TIME = "Time spent on this column alone; columns take turns, one token each."
+_TIME = "Columns of one base are written together: their seconds are the same."
 
 
 def theme() -> gr.themes.Base:
@@ -57,16 +59,49 @@ def theme() -> gr.themes.Base:
     return base.set(**values)
 
 
-def head(name: str, label: str, view: View | None = None) -> str:
-    """The line above a column: its name, what it is, and what its last answer cost."""
+def head(name: str, label: str, turn: Turn | None = None, column: str | None = None) -> str:
+    """The line above a column: its name, what it is, and what its answer in this turn cost.
+
+    column: its own name, where the name that is shown is another.
+    """
+    column = column or name
     live, stats = "", ""
-    if view is not None:
-        finished = view.finished.get(name)
+    if turn is not None and column in turn.answers:
+        finished = turn.finished.get(column)
         live = "" if finished else "<i class='nb-live'></i>"
         note = f" · <em>{FINISHED[finished]}</em>" if finished and FINISHED[finished] else ""
-        stats = f"<span class='nb-stats' title='{_OWN_TIME}'>{_stats(view.stats.get(name))}{note}</span>"
+        stats = f"<span class='nb-stats' title='{_TIME}'>{_stats(turn.stats.get(column))}{note}</span>"
     title = f"<b>{html.escape(name)}</b><span class='nb-label'>{html.escape(label)}</span>"
     return f"<div class='nb-head'>{title}{live}{stats}</div>"
+
+
+def place(position: int, count: int) -> str:
+    """What a column is called while nobody may know which it is."""
+    words = {2: ("Left", "Right"), 3: ("Left", "Middle", "Right")}
+    return words[count][position] if count in words else f"Column {position + 1}"
+
+
+def revealed(columns: Sequence[str]) -> str:
+    """Who was who."""
+    pairs = (f"{place(position, len(columns))} was <b>{html.escape(name)}</b>" for position, name in enumerate(columns))
+    text = ", ".join(pairs)
+    return f"<div class='nb-told'>Thank you. {text}. The next question begins a new round.</div>"
+
+
+def attached(context: Context) -> str:
+    """What of each file will be read, within the budget."""
+    files = len(context.shares)
+    text = f"{files} file{'s' if files > 1 else ''}, {context.tokens:,} of {context.budget:,} tokens"
+    shares = "".join(
+        f"<span class='nb-chip{' nb-cut' if share.cut else ''}'>{html.escape(share.text)}</span>"
+        for share in context.shares
+    )
+    return f"<div class='nb-files'><b>{text}</b>{shares}</div>"
+
+
+def told(text: str, more: str = "") -> str:
+    """Something that went well."""
+    return f"<div class='nb-told'>{html.escape(text)} <span class='nb-label'>{html.escape(more)}</span></div>"
 
 
 def total(view: View) -> str:
@@ -74,7 +109,7 @@ def total(view: View) -> str:
     if not view.stats:
         return ""
     speed = f"{view.tokens_per_second:.0f} tokens/s, {view.seconds:.1f} s"
-    return f"<div class='nb-total'>{count(len(view.histories))} together: {speed}</div>"
+    return f"<div class='nb-total'>{count(len(view.answers))} together: {speed}</div>"
 
 
 def problem(error: NbtuneError) -> str:
