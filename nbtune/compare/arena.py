@@ -34,7 +34,7 @@ def arena(
 
     A column is a run, a run id under `runs_dir` (default: `NBTUNE_RUNS`, else `runs`), an adapter's folder, or
     `"base"`. port: none takes the first free one from 7860. The page is served on 127.0.0.1 only, and never shared.
-    Raises NbtuneError before anything is loaded where a column does not exist or belongs to another base model.
+    Raises NbtuneError before anything is loaded where a column does not exist.
     """
     global _open  # noqa: PLW0603 - see its comment
     lineup = line_up(columns, runs_dir)
@@ -52,7 +52,7 @@ class Arena:
     def __init__(self, lineup: Lineup) -> None:
         self.columns: tuple[str, ...] = ()
         self.url: str | None = None  # none before launch and after close
-        self.engine = Engine(lineup.model, lineup.adapters, models=lineup.models)
+        self.engine = Engine.of(lineup)
         self.columns = self.engine.columns
         self._page = Page(self.engine, lineup.labels)
         self._closed = threading.Event()

@@ -43,6 +43,7 @@ def router(
     does not exist, or there is nothing to compare with.
     """
     lineup = line_up(columns, runs_dir)
+    lineup.require_one_base()
     names = [column.name for column in lineup.columns]
     if rule is not None and patterns is not None:
         raise NbtuneError("A router goes by a rule or by patterns", "Both are given.", "Give one.")

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from nbtune.data.formats import Chat, Message
 from nbtune.data.packing import IGNORED
-from nbtune.data.sandbox import require_bounded
 from nbtune.errors import DataError
+from nbtune.models.sandbox import require_bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

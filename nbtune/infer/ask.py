@@ -22,7 +22,7 @@ def ask(
     Columns are those of `arena`; the base is always one of them. Raises NbtuneError as `arena` does.
     """
     lineup = line_up(columns, runs_dir)
-    engine = Engine(lineup.model, lineup.adapters, models=lineup.models)
+    engine = Engine.of(lineup)
     try:
         return [_answers(engine, question, max_new_tokens, sampling) for question in questions]
     finally:

@@ -106,7 +106,7 @@ class Completion:
         self._request = scheduler.request(
             asked.model,
             [message.as_dict() for message in asked.messages],
-            asked.sampling(scheduler.engine.defaults.sampling),
+            asked.sampling(scheduler.engine.base_of(asked.model).defaults.sampling),
             max_new_tokens=asked.max_completion_tokens or asked.max_tokens or LONGEST_ANSWER,
             seed=asked.seed,
         )

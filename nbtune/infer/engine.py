@@ -1,45 +1,62 @@
-"""The comparison engine: one base model in memory, any number of adapters, all columns streamed together.
+"""The comparison engine: base models, any number of adapters on each, all columns streamed together.
 
     engine = Engine(ModelSpec(), {"amber-heron": "runs/amber-heron/adapter"})
     question = [{"role": "user", "content": "What does os.path.join do?"}]
     for delta in engine.stream({"base": question, "amber-heron": question}):
         print(delta.column, delta.text)
 
-Columns are the rows of one batch: one forward pass and one key-value cache write a token of each. Those that cannot
-share a forward pass (another whole model, a trained prompt of another length) are batches of their own and take turns.
+Columns of one model are the rows of one batch: one forward pass and one key-value cache write a token of each. Those
+that cannot share a forward pass (another model, a trained prompt of another length) are batches of their own and take
+turns; models that do not fit into memory together answer one after the other.
 """
 
 from __future__ import annotations
 
-import gc
-import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nbtune._transformers import DynamicCache
 from nbtune.errors import NbtuneError
+from nbtune.infer.base import Base, Memory
 from nbtune.infer.batch import Answer, Batch, Delta, Finish, Limits, Stats
-from nbtune.infer.columns import BASE
-from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults, default_sampling
-from nbtune.infer.text import Message, TextStream, prompt_tokens, stop_tokens
-from nbtune.models import load
-from nbtune.peft import PeftModel
-from nbtune.peft.config import PromptLearningConfig
-from nbtune.peft.layer import BASE as NO_ADAPTER
+from nbtune.infer.columns import BASE, Family
+from nbtune.infer.mix import Mix
+from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults
+from nbtune.infer.text import Message, TextStream
+from nbtune.models import available_memory, default_device
+from nbtune.models.source import OnStatus, ignore_status
 from nbtune.spec import ModelSpec
 
-__all__ = ["Delta", "Engine", "Finish", "Stats"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nbtune.infer.columns import Lineup
+
+__all__ = ["BUDGET", "Delta", "Engine", "Finish", "Stats"]
+
+BUDGET = 0.8  # of the memory that is free when the engine is made: what the weights of all models may take
+MIXES = 1000  # combinations of adapters that are known by name; how many are kept as weights is in base.py
 
 
 class Engine:
-    """One base model and the columns that are compared on it: `"base"`, every adapter, every other whole model.
+    """The columns that are compared: `"base"`, every adapter, every other model, and the adapters of those.
 
-    adapters: name -> folder with `adapter_config.json`. models: name -> folder of a whole model with the tokenizer of
-    the base (a full fine-tune), loaded beside it. Raises NbtuneError (ModelError, AdapterError) where one does not fit.
+    Args:
+        model: The base.
+        adapters: Of the base: column -> folder with `adapter_config.json`.
+        models: Whole models beside it (full fine-tunes): column -> folder, with a tokenizer of its own.
+        others: Other base models, each with its adapters.
+        device: Where all of them compute.
+        memory_budget: Bytes that the weights of all models may take together, adapters included. Those that do not fit
+            are loaded in turn, the one least recently asked dropped. None is `BUDGET` of what is free.
+        on_status: Is told what is being loaded.
+
+    Raises NbtuneError (ModelError, AdapterError) where something cannot be read, or does not fit even alone.
     """
 
     def __init__(
@@ -48,34 +65,75 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         *,
         models: Mapping[str, str | Path] | None = None,
+        others: Sequence[Family] = (),
         device: str | torch.device | None = None,
+        memory_budget: int | None = None,
+        on_status: OnStatus = ignore_status,
     ) -> None:
-        adapters, models = adapters or {}, models or {}
-        self.columns: tuple[str, ...] = (BASE, *adapters, *models)
+        whole = [
+            Family(name, model.model_copy(update={"name": str(folder), "revision": None}), {})
+            for name, folder in (models or {}).items()
+        ]
+        families = [Family(BASE, model, dict(adapters or {})), *whole, *others]
+        names = [(family.name, *family.adapters) for family in families]
+        self.columns: tuple[str, ...] = tuple(itertools.chain(*names))
         if len(set(self.columns)) < len(self.columns):
             raise NbtuneError("Two columns have the same name", ", ".join(self.columns), "Give each its own name.")
         self.spec = model
-        loaded = load(model, device=device)
-        self.tokenizer = loaded.tokenizer
-        base = loaded.model.eval()
-        self.device: torch.device = base.device
-        self.dtype: torch.dtype = base.dtype
-        self.defaults: SamplingDefaults = default_sampling(base.generation_config)
-        self._config = base.config  # also that of the adapters and of every full fine-tune: one architecture
-        self.context_length: int = self._config.get_text_config().max_position_embeddings
-        self._stop_tokens = stop_tokens(self.tokenizer, base.generation_config)
-        # Adapter names become module names, which may hold no dot; a column's name may.
-        self._adapters = {name: f"column_{index}" for index, name in enumerate(adapters)}
-        self._models: dict[str, Any] = {BASE: _with_adapters(base, self._adapters, adapters)}
-        configs = {name: self._models[BASE].peft_config[inner] for name, inner in self._adapters.items()}
-        prompts = {name: config for name, config in configs.items() if isinstance(config, PromptLearningConfig)}
-        self._prompts = prompts
-        for name, folder in models.items():
-            spec = model.model_copy(update={"name": str(folder), "revision": None})
-            self._models[name] = load(spec, device=device).model.eval()
-        self._stateful = bool(base._is_stateful)
-        self._keep_one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.device = default_device() if device is None else torch.device(device)
+        budget = int(BUDGET * available_memory(self.device)) if memory_budget is None else memory_budget
+        self.memory = Memory(budget, on_status)
+        self._bases: dict[str, Base] = {}  # by column
+        for family, columns in zip(families, names, strict=True):
+            base = Base(family.model, family.adapters, device=self.device, on_status=on_status)
+            self.memory.check(base)
+            self._bases |= dict.fromkeys(columns, base)
+        self._mixes: dict[str, Mix] = {}
         self._lock = threading.Lock()
+        self.memory.bring(self._bases[BASE])
+
+    @classmethod
+    def of(cls, lineup: Lineup, **settings: Any) -> Engine:
+        """The engine of what `line_up` has found; settings are those of `Engine`."""
+        return cls(lineup.model, lineup.adapters, models=lineup.models, others=lineup.others, **settings)
+
+    def base_of(self, column: str) -> Base:
+        """The model that a column is made of: its tokenizer, sampling defaults, context, chat template.
+
+        Raises NbtuneError where there is no such column.
+        """
+        mix = self._mixes.get(column)
+        if mix is not None:
+            column = next(iter(mix.weights))
+        if column not in self._bases:
+            raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
+        return self._bases[column]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the first base, as are the properties below; `base_of` has those of each column."""
+        return self._bases[BASE].tokenizer
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return self._bases[BASE].defaults
+
+    @property
+    def context_length(self) -> int:
+        return self._bases[BASE].context_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._bases[BASE].dtype
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own text; `chat_template_source` says where it comes from."""
+        return self._bases[BASE].chat_template
+
+    @property
+    def chat_template_source(self) -> str:
+        return self._bases[BASE].chat_template_source
 
     def stream(
         self,
@@ -84,62 +142,116 @@ class Engine:
         *,
         max_new_tokens: int = 256,
         seed: int = 0,
+        chat_template: str | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Delta]:
-        """Answers of these columns, a token of each after the other; none sampling is `self.defaults`.
+        """Answers of these columns, a token of each after the other; none sampling is what each column starts with.
 
-        Raises NbtuneError at once (not at the first `next`) for an unknown column, a conversation that the chat
-        template refuses, or one that leaves no room for an answer. One stream runs at a time; others wait their turn.
-        Closing the iterator, or `should_stop` returning True, ends it within one token.
+        `chat_template` is a Jinja text, or the name of a standard one, in place of each model's own. Raises NbtuneError
+        at once (not at the first `next`) for an unknown column, a conversation that the chat template refuses, or one
+        that leaves no room for an answer. One stream runs at a time; others wait their turn. Closing the iterator, or
+        `should_stop` returning True, ends it within one token.
         """
-        sampling = sampling or self.defaults.sampling
+        how: Any = {"max_new_tokens": max_new_tokens, "seed": seed, "chat_template": chat_template}
         answers = [
-            self.answer(column, messages, sampling, max_new_tokens=max_new_tokens, seed=seed)
+            self.answer(column, messages, sampling or self.base_of(column).defaults.sampling, **how)
             for column, messages in column_messages.items()
         ]
         return (delta for _, delta in self.write(answers, should_stop))
 
     def answer(
-        self, column: str, messages: Sequence[Message], sampling: Sampling, *, max_new_tokens: int, seed: int
+        self,
+        column: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        chat_template: str | None = None,
     ) -> Answer:
         """An answer that is to be written. Raises NbtuneError as `stream` does."""
         if max_new_tokens < 1:
             raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
-        prompt = self.prompt(column, messages)
-        limits = Limits(self._stop_tokens, max_new_tokens, self._room(column))
-        return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(self.tokenizer), limits)
+        base = self.base_of(column)
+        prompt, stops = base.prompt(column, messages, chat_template)
+        limits = Limits(stops, max_new_tokens, base.room(column))
+        return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(base.tokenizer), limits)
 
-    def prompt(self, column: str, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, column: str, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
         """The token ids that this column would read. Raises NbtuneError as `stream` does."""
-        if column not in self.columns:
-            raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
-        ids = prompt_tokens(messages, self.tokenizer)
-        room = self._room(column)
-        if len(ids) >= room:
-            raise NbtuneError(
-                "The conversation is longer than the model's context",
-                f"{column}: {len(ids):,} tokens; {self.spec.name} reads {room:,}, answer included.",
-                "Shorten the prompt, or clear the conversation.",
-            )
-        return ids
+        return self.base_of(column).prompt(column, messages, chat_template)[0]
 
-    def _room(self, column: str) -> int:
-        """How many tokens of text this column reads; a trained prompt before them takes some of the context."""
-        config = self._prompts.get(column)
-        return self.context_length - (config.num_virtual_tokens if config is not None else 0)
+    def mix(self, mix: Mix) -> str:
+        """The name of a column that answers with a combination of adapters. It is not among `columns`.
+
+        The name is made of the mix itself, so people who mix differently do not meet. Waits as `stream` does. Raises
+        NbtuneError where a column is unknown or has no adapter, and where they cannot be combined so.
+        """
+        self._check(mix)
+        with self._lock:
+            self._make(mix)
+        return mix.name
+
+    def save_mix(self, mix: Mix, folder: str | Path) -> None:
+        """Write a combination as a new adapter in PEFT's format, with a model card that says what it is made of.
+
+        Raises NbtuneError as `mix` does, and where the folder exists.
+        """
+        self._check(mix)
+        with self._lock:
+            self._make(mix).write_mix(mix, Path(folder))
+
+    def _check(self, mix: Mix) -> None:
+        for column in mix.weights:
+            if column not in self.columns:
+                raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
+            if column not in self._bases[column].adapters:
+                raise NbtuneError(
+                    "Only adapters can be combined", f"{column} is a whole model.", "Give weights to adapters only."
+                )
+            if self._bases[column].prompted(column):
+                message = f"{column} is a trained prompt, which has no weighted combinations."
+                raise NbtuneError("Only LoRA and IA3 adapters can be combined", message, "Leave it out.")
+        if len({id(self._bases[column]) for column in mix.weights}) > 1:
+            told = "; ".join(f"{column}: {self._bases[column].spec.name}" for column in mix.weights)
+            raise NbtuneError("These adapters have different base models", told, "Combine those of one base.")
+
+    def _make(self, mix: Mix) -> Base:
+        base = self._bases[next(iter(mix.weights))]
+        self.memory.bring(base)
+        base.make([mix])
+        self._mixes.pop(mix.name, None)
+        self._mixes[mix.name] = mix
+        if len(self._mixes) > MIXES:
+            del self._mixes[next(iter(self._mixes))]
+        return base
+
+    def hold_all(self) -> None:
+        """Load every model, for good. Raises NbtuneError where they do not fit into memory together."""
+        bases = list(dict.fromkeys(self._bases.values()))
+        if not self.memory.fits(bases):
+            raise NbtuneError(
+                "These models do not fit into memory together",
+                "; ".join(f"{base.source.name}: {base.bytes / 1e9:.2f} GB" for base in bases)
+                + f". {self.memory.bytes / 1e9:.2f} GB may be used on {self.device}.",
+                "Name fewer models, smaller ones, or load_in_4bit.",
+            )
+        with self._lock:
+            for base in bases:
+                self.memory.bring(base)
 
     def close(self) -> None:
         """Give the memory back. The engine cannot be used after."""
         with self._lock:
-            self._models.clear()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.memory.close()
 
     def write(
         self, answers: Sequence[Answer], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Answer, Delta]]:
-        """Each answer with its next token, a token of each after the other. Ends and waits as `stream` does."""
+        """Each answer with its next token, a token of each after the other. Ends and waits as `stream` does.
+
+        Those whose models do not fit into memory together are written one group after the other.
+        """
         waiting = True
         while waiting and not should_stop():
             waiting = not self._lock.acquire(timeout=0.05)
@@ -147,65 +259,58 @@ class Engine:
             yield from ((answer, answer.stopped()) for answer in answers)
             return
         try:
-            batches = self.batches(answers)
-            while batches:
-                for batch in batches:
-                    for answer, delta in zip(tuple(batch.answers), batch.turn(), strict=True):
-                        yield answer, delta
-                        if should_stop():
-                            yield from ((left, left.stopped()) for other in batches for left in other.answers)
-                            return
-                batches = [batch for batch in batches if batch.answers]
+            groups = self._together(answers)
+            while groups:
+                batches = self.batches(groups.pop(0))
+                for answer, delta in _turns(batches):
+                    yield answer, delta
+                    if should_stop():
+                        begun = [left for batch in batches for left in batch.answers]
+                        yield from ((left, left.stopped()) for left in itertools.chain(begun, *groups))
+                        return
         finally:
             self._lock.release()
+
+    def _together(self, answers: Sequence[Answer]) -> list[list[Answer]]:
+        """Groups of answers whose models fit into memory together; those that are there already come first."""
+        bases = dict.fromkeys(self.base_of(answer.column) for answer in answers)
+        groups: list[list[Base]] = []
+        for base in sorted(bases, key=lambda base: not base.loaded):
+            if groups and self.memory.fits([*groups[-1], base]):
+                groups[-1].append(base)
+            else:
+                groups.append([base])
+        return [[answer for answer in answers if self.base_of(answer.column) in group] for group in groups]
 
     def batches(self, answers: Iterable[Answer]) -> list[Batch]:
         """As few batches as can write these answers."""
         together: dict[Any, list[Answer]] = {}
         for answer in answers:
             together.setdefault(self.shares(answer.column), []).append(answer)
-        return [
-            Batch(
-                self._forward,
-                rows,
-                DynamicCache(config=self._config),
-                prompted=rows[0].column in self._prompts,
-            )
-            for rows in together.values()
-        ]
+        return [self._batch(rows) for rows in together.values()]
+
+    def _batch(self, rows: list[Answer]) -> Batch:
+        column = rows[0].column
+        base = self.base_of(column)
+        return Batch(self._forward, rows, DynamicCache(config=base.config), prompted=base.prompted(column))
 
     def shares(self, column: str) -> Any:
         """What two columns have in common where one forward pass can serve both."""
-        whole = column in self._models and column != BASE
-        if whole or self._stateful:  # padding would change a state
-            return column
-        config = self._prompts.get(column)
-        return None if config is None else (type(config), config.num_virtual_tokens)
+        return self.base_of(column).shares(column)
 
     def _forward(self, columns: list[str], **inputs: Any) -> torch.Tensor:
-        """Logits of the next token of each row [B, V] in float32."""
-        # Without this, reading a prompt of T tokens builds T x V logits to use one row of them.
-        keep: dict[str, Any] = {"logits_to_keep": 1} if self._keep_one_logit else {}
-        with torch.inference_mode():
-            model = self._models.get(columns[0], self._models[BASE])
-            if model is self._models[BASE] and self._adapters:
-                if len(set(columns)) == 1:
-                    model.set_adapter([self._adapters[columns[0]]] if columns[0] in self._adapters else [])
-                else:
-                    keep["adapter_names"] = [self._adapters.get(column, NO_ADAPTER) for column in columns]
-            return model(use_cache=True, **inputs, **keep).logits[:, -1].float()
+        """Logits of the next token of each row [B, V] in float32; all columns are of one base."""
+        base = self.base_of(columns[0])
+        self.memory.bring(base)
+        mixes = [self._mixes[column] for column in columns if column in self._mixes]
+        if mixes:
+            base.make(mixes)  # of those that others have taken the place of
+        return base.forward(columns, **inputs)
 
 
-def _with_adapters(base: Any, names: Mapping[str, str], folders: Mapping[str, str | Path]) -> Any:
-    """The base, or a PeftModel over it that holds every adapter."""
-    model = base
-    for column, name in names.items():
-        try:
-            if model is base:
-                model = PeftModel.from_pretrained(base, folders[column], adapter_name=name)
-            else:
-                model.load_adapter(folders[column], adapter_name=name)
-        except NbtuneError as error:
-            error.add_note(f"while loading column {column!r} from {folders[column]}")
-            raise
-    return model.eval()
+def _turns(batches: list[Batch]) -> Iterator[tuple[Answer, Delta]]:
+    """A token of each row after the other, until all have ended."""
+    while any(batch.answers for batch in batches):
+        for batch in batches:
+            if batch.answers:
+                yield from zip(tuple(batch.answers), batch.turn(), strict=True)

@@ -38,6 +38,7 @@ class Server:
     """A served engine. As a context manager it closes itself."""
 
     def __init__(self, engine: Engine, host: str, port: int, api_key: str | None) -> None:
+        engine.hold_all()
         self.engine = engine
         self.api_key = api_key
         self._scheduler = Scheduler(engine)
@@ -87,12 +88,14 @@ def serve(
     """Serve the base and these columns until `close`. Port 0 takes a free one.
 
     On 127.0.0.1 no key is asked for unless one is given; elsewhere one is made where none is given, in
-    `Server.api_key`. Raises NbtuneError as `arena` does, and where the port is taken.
+    `Server.api_key`. Columns may be of several base models, as long as all fit into memory together: requests come in
+    any order, and loading in turn would let each wait for the next. Raises NbtuneError as `arena` does, where they do
+    not fit, and where the port is taken.
     """
     if api_key is None and not _is_local(host):
         api_key = secrets.token_urlsafe(24)
     lineup = line_up(columns, runs_dir)
-    return Server(Engine(lineup.model, lineup.adapters, models=lineup.models), host, port, api_key)
+    return Server(Engine.of(lineup), host, port, api_key)
 
 
 def application(engine: Engine, scheduler: Scheduler, api_key: str | None, *, local: bool) -> FastAPI:

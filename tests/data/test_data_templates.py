@@ -13,9 +13,9 @@ from nbtune.chat_templates import STANDARD, chat_template
 from nbtune.data import Chat, check_template, encode, load_examples, read_rows
 from nbtune.data.packing import IGNORED
 from nbtune.data.report import report
-from nbtune.data.sandbox import require_bounded
 from nbtune.errors import DataError
 from nbtune.models import load_tokenizer
+from nbtune.models.sandbox import require_bounded
 from nbtune.spec import DataSpec, ModelSpec, RunSpec
 
 CHAT = [

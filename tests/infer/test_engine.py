@@ -156,7 +156,7 @@ def test_a_conversation_longer_than_the_context_is_refused_at_once(engine):
 
 
 def test_an_answer_ends_where_the_context_does(engine, monkeypatch):
-    monkeypatch.setattr(engine, "context_length", len(engine.prompt(BASE, QUESTION)) + 3)
+    monkeypatch.setattr(engine.base_of(BASE), "context_length", len(engine.prompt(BASE, QUESTION)) + 3)
     deltas = list(engine.stream({BASE: QUESTION}, GREEDY))
     assert len(deltas) == 3
     assert deltas[-1].finished == "context"

@@ -92,7 +92,7 @@ def test_conversations_of_any_length_share_a_batch(spec, folders):
     # A token that some rows write early ends them; each column then ends at a step of its own.
     alone = {column: tokens_of(engine, {column: messages[column]}, 12)[column] for column in engine.columns}
     stop = alone["lora"][4]
-    engine._stop_tokens = frozenset({stop})
+    engine.base_of(BASE).stop_tokens = frozenset({stop})
     alone = {column: tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for column, tokens in alone.items()}
     assert len({len(tokens) for tokens in alone.values()}) > 1
     forwards.clear()

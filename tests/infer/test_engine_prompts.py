@@ -100,14 +100,14 @@ def test_a_stop_reaches_every_column(engine):
 
 def test_the_prompt_takes_its_share_of_the_context(engine, monkeypatch):
     length = len(engine.prompt(BASE, QUESTION))
-    monkeypatch.setattr(engine, "context_length", length + 8)
+    monkeypatch.setattr(engine.base_of(BASE), "context_length", length + 8)
     deltas = list(engine.stream(dict.fromkeys([BASE, "prompt", "prefix"], QUESTION), GREEDY))
     assert {delta.column: delta.stats.tokens for delta in deltas if delta.finished == "context"} == {
         BASE: 8,
         "prompt": 2,
         "prefix": 4,
     }
-    monkeypatch.setattr(engine, "context_length", length + 5)
+    monkeypatch.setattr(engine.base_of(BASE), "context_length", length + 5)
     assert engine.prompt("prefix", QUESTION)
     with pytest.raises(NbtuneError, match="longer than the model's context"):
         engine.stream({"prompt": QUESTION})
