@@ -246,7 +246,7 @@ def _serve(command: list[str]) -> NoReturn:
 
 
 def _folder(runs_dir: Path | None) -> Path:
-    from nbtune.run import default_runs_dir
+    from nbtune.models.trained import default_runs_dir
 
     return runs_dir or default_runs_dir()
 

@@ -138,7 +138,7 @@ def empty_trash(runs_dir: RunsDir = None, yes: Yes = False) -> None:
 
 
 def _folder(runs_dir: Path | None) -> Path:
-    from nbtune.run import default_runs_dir
+    from nbtune.models.trained import default_runs_dir
 
     return runs_dir or default_runs_dir()
 

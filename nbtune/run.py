@@ -16,7 +16,6 @@ checkpoint (`resume`).
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 import traceback
@@ -31,6 +30,7 @@ from nbtune import _files, shelf
 from nbtune._names import new_id
 from nbtune.check import require
 from nbtune.errors import NbtuneError, RunError
+from nbtune.models.trained import default_runs_dir
 from nbtune.shelf import About
 from nbtune.spec import RunSpec
 from nbtune.train.control import Control, Wish, leave_wish
@@ -38,11 +38,6 @@ from nbtune.train.digest import Progress, Status, last_step, living, log_line, p
 from nbtune.train.events import Event, EventLog, EventReader
 
 _training: dict[Path, Run] = {}  # the runs of this process that have a thread
-
-
-def default_runs_dir() -> Path:
-    """The folder of runs: `NBTUNE_RUNS`, else `runs` in the working folder."""
-    return Path(os.environ.get("NBTUNE_RUNS") or "runs")
 
 
 def train(spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | None = None) -> Run:

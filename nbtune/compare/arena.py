@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from nbtune.compare.ballot import Ballot
+from nbtune.compare.extra import Extra
 from nbtune.compare.look import CSS, theme
+from nbtune.compare.mixer import Mixer
 from nbtune.compare.page import Page
+from nbtune.compare.routed import Routed
+from nbtune.compare.routing import by_likeness
 from nbtune.errors import NbtuneError
-from nbtune.infer.columns import ColumnLike, Lineup, line_up
+from nbtune.infer.attachments import MAX_BYTES
+from nbtune.infer.columns import BASE, ColumnLike, Lineup, line_up
 from nbtune.infer.engine import Engine
+from nbtune.infer.router import Router
+from nbtune.infer.similarity import Embedder
+from nbtune.models.trained import default_runs_dir
 
 HOST = "127.0.0.1"
 _open: Arena | None = None  # one arena a process: an abandoned one would keep its port and its model
@@ -26,21 +36,29 @@ _open: Arena | None = None  # one arena a process: an abandoned one would keep i
 def arena(
     *columns: ColumnLike,
     runs_dir: str | Path | None = None,
+    router: Router | None = None,
     port: int | None = None,
     launch: bool = True,
     inbrowser: bool = False,
 ) -> Arena:
     """Open the chat that compares these columns; the base is always one of them. Closes the arena opened before.
 
-    A column is a run, a run id under `runs_dir` (default: `NBTUNE_RUNS`, else `runs`), an adapter's folder, or
-    `"base"`. port: none takes the first free one from 7860. The page is served on 127.0.0.1 only, and never shared.
-    Raises NbtuneError before anything is loaded where a column does not exist.
+    Args:
+        columns: Runs, run ids under `runs_dir`, adapters' folders, models (ModelSpec), `"base"`.
+        runs_dir: The folder of runs, where votes and mixes are kept too. None is `NBTUNE_RUNS`, else `runs`.
+        router: Of the router's column, from `nbtune.router`. None chooses by likeness to each run's training data.
+        port: None takes the first free one from 7860.
+        launch: Whether to serve the page at once.
+        inbrowser: Whether to open a browser on it.
+
+    The page is served on 127.0.0.1 only, and never shared. Raises NbtuneError before anything is loaded where a column
+    does not exist, or the router would choose one that is not there.
     """
     global _open  # noqa: PLW0603 - see its comment
     lineup = line_up(columns, runs_dir)
     if _open is not None:
         _open.close()
-    opened = _open = Arena(lineup)
+    opened = _open = Arena(lineup, Path(runs_dir or default_runs_dir()), router)
     if launch:
         opened.launch(port=port, inbrowser=inbrowser)
     return opened
@@ -49,12 +67,15 @@ def arena(
 class Arena:
     """An open arena. As a context manager it closes itself."""
 
-    def __init__(self, lineup: Lineup) -> None:
+    def __init__(self, lineup: Lineup, runs_dir: Path, router: Router | None = None) -> None:
         self.columns: tuple[str, ...] = ()
         self.url: str | None = None  # none before launch and after close
+        if router is not None:
+            _check(router, lineup)
         self.engine = Engine.of(lineup)
         self.columns = self.engine.columns
-        self._page = Page(self.engine, lineup.labels)
+        self._ballot = Ballot(runs_dir, lineup.model.name, self.columns, on_warning=_warn)
+        self._page = Page(self.engine, lineup.labels, self._ballot, _extras(self.engine, lineup, runs_dir, router))
         self._closed = threading.Event()
 
     def launch(self, port: int | None = None, inbrowser: bool = False) -> Arena:
@@ -76,6 +97,7 @@ class Arena:
                 ssr_mode=False,
                 theme=theme(),
                 css_paths=CSS,
+                max_file_size=MAX_BYTES,
             )
         except OSError as error:
             self.close()
@@ -100,6 +122,7 @@ class Arena:
         self._closed.set()
         self._page.close()
         self.url = None
+        self._ballot.close()
         self.engine.close()
 
     def __enter__(self) -> Arena:
@@ -110,6 +133,35 @@ class Arena:
 
     def __repr__(self) -> str:
         return f"Arena({', '.join(self.columns)}: {self.url or 'closed'})"
+
+
+def _extras(engine: Engine, lineup: Lineup, runs_dir: Path, router: Router | None) -> list[Callable[[], Extra]]:
+    """The panels of columns that can be shown beside those of the engine."""
+    own = [column for column in lineup.columns if column.name in lineup.adapters]
+
+    def by_data() -> Router:
+        embedder = Embedder(engine.hidden_states, engine.tokenizer, engine.base_of(BASE).source.origin)
+        return by_likeness(own, embedder, {})
+
+    extras: list[Callable[[], Extra]] = []
+    if own:
+        extras.append(lambda: Mixer(engine, runs_dir / "mixes"))
+    if own or router:
+        extras.append(lambda: Routed(lambda: router or by_data()))
+    return extras
+
+
+def _check(router: Router, lineup: Lineup) -> None:
+    if unknown := [name for name in router.columns if name not in lineup.labels]:
+        raise NbtuneError(
+            "The router knows columns that are not compared",
+            f"{', '.join(unknown)} is not among {', '.join(lineup.labels)}.",
+            "Name the same runs in both.",
+        )
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201 - there is a page, but nobody has it open for sure
 
 
 def _in_notebook() -> bool:

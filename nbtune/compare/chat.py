@@ -101,10 +101,11 @@ class ChatTab:
         drawn = [*self.board.outputs, self.notice, self.total]
         writing = [*drawn, self.prompt, self.files, self.attached, self.send, self.stop]
         again: dict[str, Any] = {"inputs": [conversation, *inputs, *extras], "outputs": writing, **MODEL}
-        asking = again | {"inputs": [self.prompt, *again["inputs"]]}
+        asking: dict[str, Any] = again | {"inputs": [self.prompt, *again["inputs"]]}
         idle: dict[str, Any] = {"fn": _idle, "outputs": [self.send, self.stop], **PRIVATE}
 
-        gr.on([self.send.click, self.prompt.submit], self._send, api_name="compare", **asking).then(**idle)
+        sent = gr.on([self.send.click, self.prompt.submit], self._send, api_name="compare", **asking)
+        sent.then(**idle)
         for button, text in zip(self.examples, EXAMPLES, strict=True):
             js = f"() => ({json.dumps({'text': text, 'files': []})})"
             typed = button.click(None, js=js, outputs=self.prompt, **PRIVATE)

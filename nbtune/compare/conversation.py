@@ -63,7 +63,9 @@ class Turn:
         """What a view of its answers says; answers of other columns stay."""
         self.answers |= view.answers
         self.stats |= view.stats
-        self.finished = {name: end for name, end in self.finished.items() if name not in view.answers} | view.finished
+        for name in view.answers:
+            self.finished.pop(name, None)
+        self.finished |= view.finished
 
 
 @dataclasses.dataclass

@@ -27,7 +27,8 @@ class Mixer:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine = engine
         self.folder = folder  # where a combination is saved, by its name
-        self.adapters = [name for name in engine.columns if name != BASE]
+        base = engine.base_of(BASE)
+        self.adapters = [name for name in base.adapters if not base.prompted(name)]
         with gr.Accordion("Mix the adapters", open=False, visible=bool(self.adapters), elem_id="nb-mixer"):
             with gr.Row():
                 self.shown = gr.Checkbox(False, label="Show the mix", info="As a column of its own.")

@@ -34,14 +34,8 @@ def line(ballot: Ballot) -> str:
     """All in one line: `41 votes · amber-heron 0.71 ± 0.09`."""
     count = _counted(ballot)
     if not count:
-        return (
-            "<div class='nb-standings'><span>No votes yet: in blind mode names are hidden until you vote.</span></div>"
-        )
-    shown = "".join(
-        f"<span title='{standing.wins} won, {standing.ties} tied, {standing.losses} lost'>{html.escape(standing.column)} "
-        f"{standing.probability:.2f} ± {(standing.upper - standing.lower) / 2:.2f}</span>"
-        for standing in ballot.standings()
-    )
+        return "<div class='nb-standings'><span>No votes yet. Blind mode hides names until you vote.</span></div>"
+    shown = "".join(f"<span>{html.escape(standing.text)}</span>" for standing in ballot.standings())
     return f"<div class='nb-standings'><b>{_votes(count)}</b>{shown}</div>"
 
 

@@ -51,13 +51,24 @@ def router(
         return ByRule(rule, names)
     if patterns is not None:
         return ByPattern(patterns, names)
-    if not names:
-        raise NbtuneError("There is nothing to route to", "No column is given but the base.", "Name a run.")
     if unknown := [name for name in prompts or {} if name not in names]:
         raise NbtuneError(f"There is no column {unknown[0]!r}", f"There are: {', '.join(names)}.")
+    if not names:
+        raise NbtuneError("There is nothing to route to", "No column is given but the base.", "Name a run.")
     embedder = embedder or Embedder.of_model(lineup.model)
-    given = prompts or {}
-    indexes = {column.name: _index(column, embedder, given.get(column.name), refresh) for column in lineup.columns}
+    return by_likeness(lineup.columns, embedder, prompts or {}, threshold=threshold, refresh=refresh)
+
+
+def by_likeness(
+    columns: Sequence[Column],
+    embedder: Embedder,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    threshold: float | None = None,
+    refresh: bool = False,
+) -> Router:
+    """The router that chooses by likeness to the data that each of these columns was trained on, or its `prompts`."""
+    indexes = {column.name: _index(column, embedder, prompts.get(column.name), refresh) for column in columns}
     return BySimilarity(Nearest(indexes, embedder), threshold)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from nbtune.export.proof import Answers, Proof, answer, compare, sample_texts, t
 from nbtune.export.subject import Subject, float_spec, read
 from nbtune.models import available_memory, default_device, resolve, weights
 from nbtune.models.source import OnStatus, fetch, ignore_status
-from nbtune.models.trained import Trained, TrainedLike, find_trained
+from nbtune.models.trained import Trained, TrainedLike, default_runs_dir, find_trained
 
 Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
 _CPU = torch.device("cpu")
@@ -101,7 +100,7 @@ def export(
     """
     precision = choose(format, dtype)
     target = _target(Path(out), format)
-    trained = find_trained(run_or_folder, Path(runs_dir or os.environ.get("NBTUNE_RUNS") or "runs"))
+    trained = find_trained(run_or_folder, Path(runs_dir or default_runs_dir()))
     _check_kind(trained, format)
     folder = fetch(resolve(float_spec(trained, "float32")), on_status)
     if format.startswith("gguf"):

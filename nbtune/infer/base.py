@@ -167,6 +167,14 @@ class Base:
                     how["adapter_names"] = names
             return self._model(use_cache=True, **inputs, **how).logits[:, -1].float()
 
+    def hidden_states(self, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What the model itself makes of a text [1, T], without adapters: [1, T, D] for the embedding and each layer."""
+        with torch.inference_mode():
+            if self.adapters:
+                self._model.set_adapter([])
+            found = self._model(input_ids=ids.to(self.device), use_cache=False, output_hidden_states=True)
+            return found.hidden_states
+
     def make(self, mixes: Iterable[Mix]) -> None:
         """Make those combinations that are not there; beyond `MIXES` the ones least recently asked go.
 

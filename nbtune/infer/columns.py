@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nbtune.errors import NbtuneError
 from nbtune.models import resolve
 from nbtune.models.trained import Trained as Column
-from nbtune.models.trained import TrainedLike, find_trained
+from nbtune.models.trained import TrainedLike, default_runs_dir, find_trained
 from nbtune.spec import ModelSpec
 
 BASE = "base"
@@ -73,7 +72,7 @@ def line_up(columns: Iterable[ColumnLike], runs_dir: str | Path | None = None) -
     The base is that of the first column. Each other base that a column was made on is a column too, `base (its name)`.
     Raises NbtuneError where one does not exist, or holds nothing to compare.
     """
-    folder = Path(runs_dir or os.environ.get("NBTUNE_RUNS") or "runs")
+    folder = Path(runs_dir or default_runs_dir())
     found: list[Column] = []
     models: list[ModelSpec] = []  # of every column, and those that are named themselves
     for item in columns:

@@ -201,6 +201,13 @@ class Engine:
         with self._lock:
             self._make(mix).write_mix(mix, Path(folder))
 
+    def hidden_states(self, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What the first base makes of a text, as `Base.hidden_states`. Waits as `stream` does."""
+        base = self._bases[BASE]
+        with self._lock:
+            self.memory.bring(base)
+            return base.hidden_states(ids)
+
     def _check(self, mix: Mix) -> None:
         for column in mix.weights:
             if column not in self.columns:

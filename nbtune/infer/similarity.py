@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +39,18 @@ _FORMAT = 1
 
 
 class Embedder:
-    """Texts to vectors by a base model without adapters."""
+    """Texts to vectors by a base model without adapters.
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-        self.model = model
+    states: token ids [1, T] to the hidden states after the embedding and after each layer, [1, T, D] each. origin: the
+    model's name, which an index is held against.
+    """
+
+    def __init__(
+        self, states: Callable[[torch.Tensor], Sequence[torch.Tensor]], tokenizer: PreTrainedTokenizerBase, origin: str
+    ) -> None:
+        self.states = states
         self.tokenizer = tokenizer
-        self.origin = origin  # the model's name, which an index is held against
+        self.origin = origin
         self._control = frozenset(tokenizer.all_special_ids)
         # The first token of any text gathers attention and says nothing of it: one that is no part of the text.
         self._first = next(
@@ -55,7 +61,12 @@ class Embedder:
     def of_model(cls, spec: ModelSpec, *, device: str | torch.device | None = None) -> Embedder:
         """Load the base model. Raises ModelError as `load` does."""
         loaded = load(spec, device=device)
-        return cls(loaded.model.eval(), loaded.tokenizer, loaded.source.origin)
+        model: Any = loaded.model.eval()
+
+        def states(ids: torch.Tensor) -> Sequence[torch.Tensor]:
+            return model(input_ids=ids.to(model.device), use_cache=False, output_hidden_states=True).hidden_states
+
+        return cls(states, loaded.tokenizer, loaded.source.origin)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """[N, D], float32 on the CPU. A text without tokens, or of control tokens alone, is the zero vector."""
@@ -65,9 +76,8 @@ class Embedder:
         readable = text[:MAX_CHARACTERS].encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         ids = self.tokenizer(readable, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for token in ids if token not in self._control][:MAX_TOKENS]
-        tokens = torch.tensor([[self._first, *ids]], device=self.model.device)
         with torch.inference_mode():
-            states = self.model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+            states = self.states(torch.tensor([[self._first, *ids]]))
             state = states[round(DEPTH * (len(states) - 1))][0, 1:]  # [T, D]
             return (state.float().sum(0) / max(len(ids), 1)).cpu()
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from nbtune.errors import AdapterError, RunError
 from nbtune.spec import ModelSpec, RunSpec, method_label
+
+
+def default_runs_dir() -> Path:
+    """The folder of runs: `NBTUNE_RUNS`, else `runs` in the working folder."""
+    return Path(os.environ.get("NBTUNE_RUNS") or "runs")
 
 
 @runtime_checkable

@@ -56,7 +56,7 @@ class ReviewPage:
 
     def refresh(self, spec: RunSpec) -> None:
         from nbtune.check import check
-        from nbtune.run import default_runs_dir
+        from nbtune.models.trained import default_runs_dir
 
         self.show_code(spec)
         replace(self.problems, [])
