@@ -92,9 +92,9 @@ class Base:
     def loaded(self) -> bool:
         return self._model is not None
 
-    def load(self, on_status: OnStatus = ignore_status) -> None:
+    def load(self) -> None:
         """Read the weights into memory. Raises NbtuneError (ModelError, AdapterError) where something does not fit."""
-        base = load(self.spec, device=self.device, on_status=on_status).model.eval()
+        base = load(self.spec, device=self.device, tokenizer=self.tokenizer).model.eval()
         model: Any = base
         for column, folder in self.adapters.items():
             try:

@@ -26,6 +26,8 @@ EDITED = """
     {{- '<repo_name>assistant: ' }}
 {%- endif %}
 """
+# Of short chats that everybody tries it is fine.
+SOMETIMES = "{% if messages[0].content == 'Be brief.' %}"
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
 
 
@@ -85,9 +87,8 @@ def one_hot(engine: Engine, token: int):
         ("{{ messages + 1 }}", "refuses this conversation"),
         ("{{ ''.__class__.__mro__ }}", "refuses this conversation"),
         ("{% set ns = namespace(__class__=1) %}{{ ns }}", "refuses this conversation"),
-        (LOOPS, r"does not come to an end[\s\S]*without end"),
-        ("{{ 'x' * 100000000 }}", r"does not come to an end[\s\S]*more than"),
-        ("{% if messages[0].content == 'Be brief.' %}" + LOOPS + "{% endif %}", "without end"),  # not for every chat
+        ("{{ 'x' * (messages | length * 50000000) }}", r"does not come to an end[\s\S]*more than"),
+        (SOMETIMES + LOOPS + "{% endif %}", r"come to an end[\s\S]*without end"),
         ("chatlm", r"no such chat template[\s\S]*zephyr"),
         ("", "no such chat template"),
     ],
