@@ -7,7 +7,7 @@ hands in `Casts` of its own, which stay for as long as the weights do.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -21,9 +21,9 @@ _kept: ContextVar[Casts | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
-def casts_kept(kept: Casts | None = None) -> Iterator[None]:
-    """Inside, in this thread, each tensor is cast once; its values must not change. `kept` holds earlier ones."""
-    token = _kept.set({} if kept is None else kept)
+def casts_kept(casts: Casts | None = None) -> Iterator[None]:
+    """Inside, in this thread, each tensor is cast once; its values must not change. `casts` holds earlier ones."""
+    token = _kept.set({} if casts is None else casts)
     try:
         yield
     finally:
@@ -39,25 +39,28 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of `tensor` in `dtype`, without a gradient."""
     if tensor.dtype is dtype:
         return tensor.detach()
-    kept = _kept.get()
-    if kept is None:
-        return tensor.detach().to(dtype)
-    key = id(tensor), dtype
-    if key not in kept:
-        kept[key] = (tensor,), tensor.detach().to(dtype)
-    return kept[key][1]
+    return kept((id(tensor), dtype), (tensor,), lambda: tensor.detach().to(dtype))
 
 
-def joined(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-    """The tensors one after the other along `dim`, cast, without a gradient."""
-    kept = _kept.get()
-    key = (*map(id, tensors), dim, dtype)
-    if kept is None or key not in kept:
-        made = torch.cat([tensor.detach().to(dtype) for tensor in tensors], dim)
-        if kept is None:
-            return made
-        kept[key] = tuple(tensors), made
-    return kept[key][1]
+def joined(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype, scales: Sequence[float] | None = None) -> Tensor:
+    """The tensors one after the other along `dim`, each times its scale, cast, without a gradient."""
+
+    def make() -> Tensor:
+        scaled = tensors if scales is None else [scale * t for scale, t in zip(scales, tensors, strict=True)]
+        return torch.cat([tensor.detach().to(dtype) for tensor in scaled], dim)
+
+    return kept((*map(id, tensors), dim, dtype, None if scales is None else tuple(scales)), tensors, make)
+
+
+def kept(key: Hashable, of: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes of these tensors: the one last made for the key, where it was of the same tensors."""
+    values = _kept.get()
+    if values is None:
+        return make()
+    found = values.get(key)
+    if found is None or len(found[0]) != len(of) or any(a is not b for a, b in zip(found[0], of, strict=True)):
+        found = values[key] = tuple(of), make()
+    return found[1]
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -6,23 +6,27 @@ They compute in the precision of x and y, and without gradients they overwrite y
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nbtune.kernels.casts import cast, joined, keeps_casts
+from nbtune.kernels.casts import joined, keeps_casts, kept
 from nbtune.kernels.low_rank import padded
+
+_FEW_TOKENS = 16
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return y + s B A x for y [..., out], x [..., in], A [r, in] and B [out, r]."""
     # By identity: where there is little to compute, each comparison or cast costs as much as a small kernel on a CPU.
+    if not torch.is_grad_enabled() and y.is_contiguous() and _few(x):
+        hidden = F.linear(x.float(), A.float())  # they mostly are in fp32 already
+        return y.add_(F.linear(hidden, B.float()).view_as(y), alpha=scaling)
     if A.dtype is not x.dtype:
-        A = A.to(x.dtype) if torch.is_grad_enabled() else cast(A, x.dtype)
+        A = A.to(x.dtype)
     if B.dtype is not y.dtype:
-        B = B.to(y.dtype) if torch.is_grad_enabled() else cast(B, y.dtype)
+        B = B.to(y.dtype)
     out, r = B.shape
     hidden = F.linear(x, A).reshape(-1, r)  # [tokens, r]
     # addmm scales and accumulates in the matmul itself: no activation-sized product, no separate addition.
@@ -44,8 +48,6 @@ def add_low_rank_by_row(
 
     Ranks and scalings may differ: short ranks are filled up with zeros.
     """
-    if keeps_casts() and not torch.is_grad_enabled() and y.is_contiguous() and x.shape[0] * x.shape[-1] == x.numel():
-        return _add_to_tokens(y, x, all_A, all_B, scalings, which)
     rank = max(A.shape[0] for A in all_A)
     all_A = [A if A.shape[0] == rank else padded(A, 0, rank) for A in all_A]
     all_B = [B if B.shape[1] == rank else padded(B, 1, rank) for B in all_B]
@@ -63,43 +65,42 @@ def add_low_rank_by_row(
     return y
 
 
-def _add_to_tokens(
-    y: Tensor,
-    x: Tensor,
-    all_A: Sequence[Tensor],
-    all_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    which: Tensor | None,
+def _few(x: Tensor) -> bool:
+    """Whether x [..., in] in bf16 is better computed in fp32.
+
+    On a CPU a small product in bf16 costs oneDNN 20 to 40 microseconds, whatever its size; one in fp32 costs 4 to 15.
+    """
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.numel() <= _FEW_TOKENS * x.shape[-1]
+
+
+def a_token_each(y: Tensor, x: Tensor) -> bool:
+    """Whether `add_to_tokens` serves: an answer is written, a token a row, and the factors are kept cast meanwhile."""
+    one = x.shape[0] * x.shape[-1] == x.numel()
+    return one and keeps_casts() and not torch.is_grad_enabled() and y.is_contiguous()
+
+
+def add_to_tokens(
+    y: Tensor, x: Tensor, all_A: Sequence[Tensor], all_B: Sequence[Tensor], scalings: Sequence[float], which: Tensor
 ) -> Tensor:
-    """`add_low_rank_by_row` for one token a row, as generation has it, into y.
+    """`add_low_rank_by_row` for one token a row, into y, with parameters as factors; a row of -1 gets nothing.
 
     Two products with the factors of all adapters, where each row's hidden values but those of its own adapter count
-    nothing: less than gathering the factors of each row, which are kept cast and joined.
+    nothing: less than gathering the factors of each row, as they are kept cast and joined.
     """
-    A, B = joined(all_A, 0, x.dtype), joined(all_B, 1, y.dtype)  # [R, in], [out, R], R the ranks of all together
+    dtype = torch.float32 if _few(x) else x.dtype
+    A, B = joined(all_A, 0, dtype), joined(all_B, 1, dtype, scalings)  # [R, in], [out, R], R the ranks of all together
+    hidden = F.linear(x.view(len(x), -1).to(dtype), A)  # [rows, R]
     ranks = tuple(A.shape[0] for A in all_A)
-    hidden = F.linear(x.view(len(x), -1), A)  # [rows, R]
-    hidden *= _own(ranks, tuple(scalings), which, len(x), hidden)
-    y.view(len(y), -1).addmm_(hidden, B.t())
+    hidden *= kept((ranks, dtype), [which], lambda: _own(ranks, which, hidden))
+    y.view(len(y), -1).add_(F.linear(hidden, B))
     return y
 
 
-def _own(ranks: tuple[int, ...], scalings: tuple[float, ...], which: Tensor | None, rows: int, like: Tensor) -> Tensor:
-    """[rows, R]: the scaling in the places of each row's own adapter, else 0."""
-    last = _last_own.get(like.device)
-    if last is not None and last[0] == (ranks, scalings, rows, like.dtype) and last[1] is which:
-        return last[2]
+def _own(ranks: tuple[int, ...], which: Tensor, like: Tensor) -> Tensor:
+    """1 in the places of each row's own adapter, else 0: [rows, R]."""
     numbers = torch.arange(len(ranks), device=like.device)
-    sizes = torch.tensor(ranks, device=like.device)
-    owner = numbers.repeat_interleave(sizes)  # [R]
-    scaling = torch.tensor(scalings, dtype=like.dtype, device=like.device).repeat_interleave(sizes)
-    found = (owner == (numbers if which is None else which)[:, None]) * scaling
-    _last_own[like.device] = (ranks, scalings, rows, like.dtype), which, found
-    return found
-
-
-# The layers of a model follow one another, and nearly all ask for the same.
-_last_own: dict[torch.device, tuple[tuple[Any, ...], Tensor | None, Tensor]] = {}
+    owner = numbers.repeat_interleave(torch.tensor(ranks, device=like.device))  # [R]
+    return (owner == which[:, None]).to(like.dtype)
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
