@@ -22,6 +22,7 @@ from nbtune.infer import mix as mixing
 from nbtune.infer.mix import Mix
 from nbtune.infer.sampling import SamplingDefaults, default_sampling, read_generation_config
 from nbtune.infer.text import Message, edited_tokens, prompt_tokens, stop_tokens
+from nbtune.kernels.casts import Casts, casts_kept
 from nbtune.models import compute_dtype, load, load_tokenizer, resolve, skeleton, weights
 from nbtune.models.source import OnStatus, fetch, ignore_status
 from nbtune.peft import PeftModel
@@ -73,6 +74,7 @@ class Base:
         self._names = {column: f"column_{index}" for index, column in enumerate(self.adapters)}
         self._mixed: dict[str, str] = {}  # by a mix's name, its adapter's; the one least recently asked comes first
         self._made = 0
+        self._casts: Casts = {}  # of the adapters' weights
         self._model: Any = None
 
     @property
@@ -92,9 +94,9 @@ class Base:
     def loaded(self) -> bool:
         return self._model is not None
 
-    def load(self, on_status: OnStatus = ignore_status) -> None:
+    def load(self) -> None:
         """Read the weights into memory. Raises NbtuneError (ModelError, AdapterError) where something does not fit."""
-        base = load(self.spec, device=self.device, on_status=on_status).model.eval()
+        base = load(self.spec, device=self.device, tokenizer=self.tokenizer).model.eval()
         model: Any = base
         for column, folder in self.adapters.items():
             try:
@@ -111,6 +113,7 @@ class Base:
         """Give the memory of the weights back."""
         self._model = None
         self._mixed.clear()
+        self._casts.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -158,7 +161,7 @@ class Base:
         """Logits of the next token of each row [B, V] in float32; its weights must be there."""
         # Without this, reading a prompt of T tokens builds T x V logits to use one row of them.
         how: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_one_logit else {}
-        with torch.inference_mode():
+        with torch.inference_mode(), casts_kept(self._casts):
             if self.adapters:
                 names = [self._names.get(column) or self._mixed.get(column, NO_ADAPTER) for column in columns]
                 if len(set(names)) == 1:
@@ -191,6 +194,7 @@ class Base:
         for name in [name for name in self._mixed if name not in asked][: max(0, len(self._mixed) - MIXES)]:
             self._model.set_adapter(next(iter(self._names.values())))  # a forward pass sets its own
             self._model.delete_adapter(self._mixed.pop(name))
+            self._casts.clear()
 
     def write_mix(self, mix: Mix, folder: Path) -> None:
         """Write a combination that `make` has made as an adapter in PEFT's format."""

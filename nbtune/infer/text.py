@@ -130,7 +130,8 @@ def _after_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
     _, shown, rest = text.rpartition(_ANSWER)
     after = _ids(rest, tokenizer) if shown else []
     # A template without an end-of-turn token goes on with a newline or nothing: no reason to stop there.
-    return frozenset(after[:1]) & frozenset(tokenizer.all_special_ids)
+    added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()}
+    return frozenset(after[:1]) & frozenset(added.union(tokenizer.all_special_ids))
 
 
 def _as_list(ids: Any) -> list[int]:

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nbtune.kernels.casts import joined, keeps_casts, kept
 from nbtune.kernels.low_rank import padded
+
+_FEW_TOKENS = 16
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return y + s B A x for y [..., out], x [..., in], A [r, in] and B [out, r]."""
     # By identity: where there is little to compute, each comparison or cast costs as much as a small kernel on a CPU.
+    if not torch.is_grad_enabled() and y.is_contiguous() and _few(x):
+        hidden = F.linear(x.float(), A.float())  # they mostly are in fp32 already
+        return y.add_(F.linear(hidden, B.float()).view_as(y), alpha=scaling)
     if A.dtype is not x.dtype:
         A = A.to(x.dtype)
     if B.dtype is not y.dtype:
@@ -57,6 +63,44 @@ def add_low_rank_by_row(
         return torch.baddbmm(y.reshape(rows, -1, out), hidden, B.mT, alpha=scaling).view_as(y)
     y.view(rows, -1, out).baddbmm_(hidden, B.mT, alpha=scaling)
     return y
+
+
+def _few(x: Tensor) -> bool:
+    """Whether x [..., in] in bf16 is better computed in fp32.
+
+    On a CPU a small product in bf16 costs oneDNN 20 to 40 microseconds, whatever its size; one in fp32 costs 4 to 15.
+    """
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.numel() <= _FEW_TOKENS * x.shape[-1]
+
+
+def a_token_each(y: Tensor, x: Tensor) -> bool:
+    """Whether `add_to_tokens` serves: an answer is written, a token a row, and the factors are kept cast meanwhile."""
+    one = x.shape[0] * x.shape[-1] == x.numel()
+    return one and keeps_casts() and not torch.is_grad_enabled() and y.is_contiguous()
+
+
+def add_to_tokens(
+    y: Tensor, x: Tensor, all_A: Sequence[Tensor], all_B: Sequence[Tensor], scalings: Sequence[float], which: Tensor
+) -> Tensor:
+    """`add_low_rank_by_row` for one token a row, into y, with parameters as factors; a row of -1 gets nothing.
+
+    Two products with the factors of all adapters, where each row's hidden values but those of its own adapter count
+    nothing: less than gathering the factors of each row, as they are kept cast and joined.
+    """
+    dtype = torch.float32 if _few(x) else x.dtype
+    A, B = joined(all_A, 0, dtype), joined(all_B, 1, dtype, scalings)  # [R, in], [out, R], R the ranks of all together
+    hidden = F.linear(x.view(len(x), -1).to(dtype), A)  # [rows, R]
+    ranks = tuple(A.shape[0] for A in all_A)
+    hidden *= kept((ranks, dtype), [which], lambda: _own(ranks, which, hidden))
+    y.view(len(y), -1).add_(F.linear(hidden, B))
+    return y
+
+
+def _own(ranks: tuple[int, ...], which: Tensor, like: Tensor) -> Tensor:
+    """1 in the places of each row's own adapter, else 0: [rows, R]."""
+    numbers = torch.arange(len(ranks), device=like.device)
+    owner = numbers.repeat_interleave(torch.tensor(ranks, device=like.device))  # [R]
+    return (owner == which[:, None]).to(like.dtype)
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:

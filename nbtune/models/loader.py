@@ -43,11 +43,13 @@ def load(
     *,
     device: str | torch.device | None = None,
     for_training: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     on_status: OnStatus = ignore_status,
 ) -> LoadedModel:
     """Read the weights into memory, in the precision `spec` and the machine call for, quantised where `spec` says so.
 
-    `for_training` turns the key/value cache off and gives the model nbtune's attention over packed rows.
+    `for_training` turns the key/value cache off and gives the model nbtune's attention over packed rows. `tokenizer` is
+    the model's, where it is in memory already.
     Raises ModelError where the model is missing, damaged, too large for the memory or of an unsupported kind.
     """
     import torch
@@ -60,7 +62,7 @@ def load(
     _check_memory(source, folder, spec, dtype, device)
 
     on_status(f"Loading {source.name}")
-    tokenizer = _read_tokenizer(source, folder, spec)
+    tokenizer = _read_tokenizer(source, folder, spec) if tokenizer is None else tokenizer
     model = _read_model(source, folder, spec, dtype, device)
     if for_training:
         prepare_for_training(model)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from nbtune.errors import AdapterError
 from nbtune.modules import quantised
 from nbtune.modules.base import LINEARS, apply_weight, compute_dtype, weight_of, with_weight
+from nbtune.modules.row_groups import Group
 from nbtune.modules.stacked import stacked
 from nbtune.peft.config import PeftConfig
-from nbtune.peft.rows import Group, Rows
+from nbtune.peft.rows import Rows
 
 BASE = "__base__"  # the adapter name of a row that is left to the base model, as in PEFT
 PREFIX = "base_model.model."  # of a module's path in a file
@@ -148,6 +149,11 @@ class Adapter(_Stored):
         if len(adapters) == 1:
             return adapters[0](x, y, base)
         return stacked(lambda adapter, x, y: adapter(x, y, base), adapters, *group.table, x, y)
+
+    @classmethod
+    def add_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """`forward_rows` for the group's rows of the whole batch x and y; the others stay as they are."""
+        return group.put(y, cls.forward_rows(adapters, group, group.select(x), group.select(y), base))
 
 
 class Replacement(Adapter):
@@ -335,8 +341,7 @@ class AdapterLayer(nn.Module):
         for step in steps:
             x = inputs.pop()
             for adapters, group in step:
-                forward = type(adapters[0]).forward_rows
-                y = group.put(y, forward(adapters, group, group.select(x), group.select(y), self.base_layer))
+                y = type(adapters[0]).add_rows(adapters, group, x, y, self.base_layer)
         return y
 
     def _called_by_row(self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

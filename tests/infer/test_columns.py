@@ -64,11 +64,47 @@ def test_a_full_fine_tune_is_a_model_of_its_own(tmp_path):
     assert lineup.adapters == {}
 
 
-def test_different_bases_are_refused(adapters, tiny_model, tmp_path):
+def test_other_bases_are_columns_with_their_adapters(adapters, tiny_model, runs_dir, tmp_path):
     config = json.loads((adapters["amber-heron"] / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny_model)}))
-    with pytest.raises(NbtuneError, match="different base models"):
-        line_up([adapters["amber-heron"], tmp_path])
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tiny_model)})
+    )
+    lineup = line_up(["amber-heron", tmp_path / "small", "quiet.otter"], runs_dir)
+    assert lineup.model.name == "smollm2-135m-instruct"
+    assert list(lineup.adapters) == ["amber-heron", "quiet.otter"]
+    base = f"base ({tiny_model.name})"
+    (family,) = lineup.others
+    assert (family.name, family.model.name) == (base, str(tiny_model))
+    assert family.adapters == {"small": tmp_path / "small"}
+    labels = {"base": "as it was", base: "as it was", "amber-heron": "LoRA r4", "small": "LoRA r4"}
+    assert lineup.labels == labels | {"quiet.otter": "LoRA r8"}
+    with pytest.raises(NbtuneError, match=r"different base models[\s\S]*smollm2-135m-instruct; base \(tiny"):
+        lineup.require_one_base()
+    line_up(["amber-heron"], runs_dir).require_one_base()
+
+
+def test_a_model_is_a_column(tiny_model, adapters):
+    alone = line_up([ModelSpec(name=str(tiny_model))])
+    assert (alone.model.name, alone.others) == (str(tiny_model), ())
+    beside = line_up([adapters["amber-heron"], ModelSpec(name=str(tiny_model))])
+    assert [family.name for family in beside.others] == [f"base ({tiny_model.name})"]
+    # A packaged model and its file are one.
+    same = line_up([adapters["amber-heron"], ModelSpec(name="SmolLM2-135M-Instruct")])
+    assert same.others == ()
+
+
+def test_a_full_fine_tune_of_another_base_is_of_its_family(tiny_model, adapters, tmp_path):
+    run = tmp_path / "whole"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    (run / "spec.yaml").write_text(RunSpec(method="full", model=ModelSpec(name=str(tiny_model))).to_yaml())
+    lineup = line_up([adapters["amber-heron"], run])
+    assert lineup.models == {}
+    assert [(family.name, family.model.name) for family in lineup.others] == [
+        (f"base ({tiny_model.name})", str(tiny_model)),
+        ("whole", str(run / "model")),
+    ]
 
 
 def test_an_adapter_that_names_no_base_or_cannot_be_read_is_refused(tmp_path):

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from nbtune.errors import AdapterError
 from nbtune.kernels.low_rank_update import add_low_rank_by_row
 from nbtune.modules.base import LINEARS, apply_weight, empty, refuse_groups, weight_of
+from nbtune.modules.row_groups import Group
 from nbtune.peft.configs.lora import AdaLoraConfig
 from nbtune.peft.layer import Adapter, Several
-from nbtune.peft.rows import Group
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
 

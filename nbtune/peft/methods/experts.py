@@ -20,9 +20,9 @@ from nbtune.kernels import low_rank_inits as inits
 from nbtune.kernels.experts import experts_forward
 from nbtune.kernels.low_rank import LowRank
 from nbtune.modules.paths import of_pattern
+from nbtune.modules.row_groups import Group
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Replacement
-from nbtune.peft.rows import Group
 
 # What PEFT refuses for parameters, in its words or by an error.
 _REFUSED = (

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 from nbtune.errors import AdapterError
 from nbtune.kernels import low_rank_inits as inits
 from nbtune.kernels.low_rank import LowRank, combine
-from nbtune.kernels.low_rank_update import add_low_rank, add_low_rank_by_row, row_norms
+from nbtune.kernels.low_rank_update import a_token_each, add_low_rank, add_low_rank_by_row, add_to_tokens, row_norms
 from nbtune.modules import quantised
 from nbtune.modules.base import CONVOLUTIONS, LINEARS, apply_weight, refuse_groups, weight_of, zeros
 from nbtune.modules.loftq import loftq
 from nbtune.modules.paths import of_pattern
+from nbtune.modules.row_groups import Group
 from nbtune.peft.configs.lora import LoraConfig
 from nbtune.peft.layer import Adapter
-from nbtune.peft.rows import Group
 
 
 class Lora(Adapter):
@@ -194,6 +194,14 @@ class Lora(Adapter):
         all_B: list[Any] = [adapter._parameters["lora_B"] for adapter in adapters]
         scalings = [adapter.scaling for adapter in adapters]
         return add_low_rank_by_row(y, x, all_A, all_B, scalings, None if group.in_order else group.index)
+
+    @classmethod
+    def add_rows(cls, adapters: Sequence[Any], group: Group, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        if not adapters[0].plain or not a_token_each(y, x):
+            return super().add_rows(adapters, group, x, y, base)
+        all_A: list[Any] = [adapter._parameters["lora_A"] for adapter in adapters]
+        all_B: list[Any] = [adapter._parameters["lora_B"] for adapter in adapters]
+        return add_to_tokens(y, x, all_A, all_B, [adapter.scaling for adapter in adapters], group.of_each)
 
     def low_rank(self) -> LowRank:
         """Its update as factors, for add_weighted_adapter. Raises AdapterError where it is more than s B A."""
