@@ -42,6 +42,22 @@ class Export:
         """Where this is stored."""
         return report_path(self.path)
 
+    @property
+    def loading(self) -> str:
+        """Two lines of Python that load it elsewhere."""
+        path = json.dumps(str(self.path), ensure_ascii=False)
+        if self.format == "merged":
+            return f'from transformers import pipeline\nchat = pipeline("text-generation", {path})'
+        if self.format == "gguf":
+            return f"from llama_cpp import Llama\nmodel = Llama({path})"
+        if self.format == "gguf-lora":
+            return f'from llama_cpp import Llama\nmodel = Llama("base.gguf", lora_path={path})'
+        if "/" in self.base:  # a hub id, which peft can load
+            return (
+                f"from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained({path})"
+            )
+        return f'import nbtune as nt\nnt.arena("base", {path})'
+
     def __str__(self) -> str:
         text = f"{self.path}: {self.format}{f' {self.dtype}' if self.dtype else ''}, {self.bytes / 1e6:,.1f} MB\n"
         text += f"proof: {self.proof}"
