@@ -139,7 +139,8 @@ class ExportForm:
             f'<div class="nt-row"><span class="nt-name">Export</span>{chip(self.run.name)}'
             '<span class="nt-soft nt-small">read back and compared with the model in memory</span></div>'
         )
-        cards = widgets.HBox(list(self.formats.values()), layout=widgets.Layout(flex_flow="row wrap", margin="8px 0 0"))
+        cards = widgets.HBox(list(self.formats.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        cards.add_class("nt-formats")
         form = [title, cards, self._precision_line, _line(self.name, self.place), self.hub, self._hub_line]
         go = _line(self.export_button, self.status)
         go.add_class("nt-go")
