@@ -159,6 +159,20 @@ def test_a_full_fine_tune(bases: Folder, tmp_path: Path) -> None:
         nt.export(run, "gguf-lora", tmp_path / "lora.gguf")
 
 
+@pytest.mark.parametrize(("format", "name"), [("merged", "out"), ("gguf", "out.gguf")])
+def test_a_weight_that_f16_cannot_hold(format: Any, name: str, bases: Folder, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", ModelSpec(name=str(bases("llama"))), bases("llama"), "full")
+    weights = run / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e5
+    save_file(tensors, weights, {"format": "pt"})
+    message = r"do not fit float16\nmodel.layers.1.mlp.down_proj.weight holds 100000; .* is 65504.\nChoose bf16 or f32."
+    with pytest.raises(ExportError, match=message):
+        nt.export(run, format, tmp_path / name, dtype="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert nt.export(run, format, tmp_path / name, dtype="bf16").proof.greedy_agree > 40
+
+
 def test_a_broken_merge_fails_the_proof(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_another(folder: Path, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -146,6 +146,9 @@ def test_the_table_of_runs(open_notebook, lab, trained_run, request, tmp_path):
     page.get_by_label("Repository").wait_for()
     page.locator(".nt-export").scroll_into_view_if_needed()
     shot(notebook, tmp_path, f"export-form-{theme}")
+    assert errors == []
+    if theme == "dark" and not SHOTS:  # once is enough: loading a model takes seconds
+        return
     page.get_by_label("Push to a hub").uncheck()
     page.locator(".nt-export button.nt-primary").click()
     await_text(notebook, "48 of 48", 120)

@@ -67,6 +67,7 @@ class ExportForm:
         self._suggested = ""
         self._parameters: int | None = None
         self._busy = False
+        self._asked = 0  # so far: each asking has a key of its own
         self._build()
         self._worker = Worker(f"nbtune-export-{run.id}", self._say, self._failed)
         self.choose("merged" if run.spec.method == "full" else "adapter")
@@ -108,7 +109,6 @@ class ExportForm:
     def _build(self) -> None:
         from nbtune.export import FORMATS
 
-        self._asked = 0
         unfit = _unfit(self.run.spec)
         self.formats = {name: self._format_button(name, unfit.get(name, "")) for name in FORMATS}
         names = dict.fromkeys(name for names in FORMATS.values() for name in names)
