@@ -2,9 +2,9 @@
 
 Skipped where llama-cpp-python is missing, which is a C++ build of minutes: `uv sync --extra llama-cpp`.
 
-llama.cpp multiplies f16 weights by activations in f16, which moves logits by 0.003 (relative) and 0.08 at most. Two
-logits that are nearer than that may change places: of 960 tokens one or two do, where nbtune's own logits are 0.002
-apart. An answer that parts anywhere else fails.
+Weights in f16 and llama.cpp's arithmetic in f16 move logits a little. Two that are nearer than that may change places:
+where an answer parts from nbtune's, nbtune's own two logits must be nearer than twice the largest move that was
+measured over all prompts and answers, and at most two of 20 answers may. What was found is printed (`-rP`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ llama_cpp = pytest.importorskip(
 pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 24
-NEAR_TIE = 0.01  # of two logits in nbtune; they spread over 40
-RELATIVE = 0.005  # |difference| / |logits|
 BASE = ModelSpec(dtype="float32")
+RELATIVE = 0.01  # |difference| / |logits|, at most: half of what the proof of f16 allows
+PARTED = 2  # of 20 answers, at most
 FUNCTIONS = (
     "os.path.join textwrap.dedent shutil.which json.loads re.sub itertools.chain functools.partial math.isclose "
     "random.choice pathlib.Path.glob"
@@ -102,57 +102,68 @@ def merged(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nt.export(run, "gguf", tmp_path_factory.mktemp("gguf") / "demo.gguf").path
 
 
-def require_llama_cpp(prompts: Told, expected: Told, ours: Any, path: Path, lora: Path | None = None) -> None:
-    """llama.cpp's answers are these, token for token, up to a near-tie; its logits are near those of `ours`."""
-    settings = {"n_ctx": 512, "n_threads": 2, "n_threads_batch": 2, "logits_all": True, "verbose": False}
-    model = llama_cpp.Llama(str(path), lora_path=str(lora) if lora else None, **settings)
+class LlamaCpp:
+    """A file as llama.cpp reads it."""
+
+    def __init__(self, path: Path, lora: Path | None = None) -> None:
+        settings = {"n_ctx": 512, "n_threads": 2, "n_threads_batch": 2, "logits_all": True, "verbose": False}
+        self.name = f"llama.cpp, {path.name}{f' and {lora.name}' if lora else ''}"
+        self.model = llama_cpp.Llama(str(path), lora_path=str(lora) if lora else None, **settings)
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        told: list[int] = []
+        for token in self.model.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0, reset=True):
+            told.append(token)
+            if token == self.model.token_eos() or len(told) == NEW_TOKENS:
+                break
+        return told
+
+    def logits(self, ids: list[int]) -> torch.Tensor:  # [T, V]
+        self.model.reset()
+        self.model.eval(ids)
+        return torch.tensor(self.model.scores[: len(ids)])
+
+
+class Transformers:
+    """A model that plain transformers computes: a file, or the one in memory."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def answer(self, prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 2}
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> torch.Tensor:  # [T, V]
+        return self.model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def require_same(prompts: Told, expected: Told, ours: Transformers, other: LlamaCpp | Transformers) -> None:
+    """The other's answers are these, token for token, up to near-ties; its logits are near ours."""
     error = size = largest = 0.0
-    parted = []
+    gaps, lines = [], []
     for question, prompt, answer in zip(QUESTIONS, prompts, expected, strict=True):
-        told = greedy(model, prompt)
         ids = [*prompt, *answer[:-1]]
-        model.reset()
-        model.eval(ids)
-        found = torch.tensor(model.scores[: len(ids)])
-        with torch.inference_mode():
-            wanted = ours(input_ids=torch.tensor([ids])).logits[0].float()
+        found, wanted = other.logits(ids), ours.logits(ids)
         error += float((found - wanted).double().square().sum())
         size += float((wanted - wanted.mean(dim=-1, keepdim=True)).double().square().sum())
         largest = max(largest, float((found - wanted).abs().max()))
+        told = other.answer(prompt)
         if told != answer:
             at = next(index for index, pair in enumerate(zip(answer, told, strict=False)) if pair[0] != pair[1])
-            logits = wanted[len(prompt) - 1 + at]
-            gap = float(logits[answer[at]] - logits[told[at]])
-            parted.append((gap, f"{question!r}: token {at} is {told[at]}, in nbtune {answer[at]} by {gap:.4f}"))
-    model.close()
-    lines = "\n".join(line for _, line in parted)
-    print(  # noqa: T201 - what came out, for -rP
-        f"{path.name}: largest {largest:.3f}, relative {(error / size) ** 0.5:.5f}; parted: {lines or 'none'}"
+            here = wanted[len(prompt) - 1 + at]
+            gaps.append(float(here[answer[at]] - here[told[at]]))
+            lines.append(f"{question!r}: token {at} is {told[at]}, in nbtune {answer[at]} by {gaps[-1]:.4f}")
+    relative = (error / size) ** 0.5
+    found_out = "; ".join(
+        [f"{other.name}: largest {largest:.3f}, relative {relative:.5f}, parted {len(lines)}", *lines]
     )
-    assert (error / size) ** 0.5 < RELATIVE
-    assert all(gap < NEAR_TIE for gap, _ in parted), lines
-    assert len(parted) <= 2, lines
-
-
-def greedy(model: Any, prompt: list[int]) -> list[int]:
-    answer: list[int] = []
-    for token in model.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0, reset=True):
-        answer.append(token)
-        if token == model.token_eos() or len(answer) == NEW_TOKENS:
-            break
-    return answer
-
-
-def told_by_transformers(prompts: Told, path: Path) -> Told:
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    told = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=2
-        )
-        told.append(written[0, len(prompt) :].tolist())
-    return told
+    print(found_out)  # noqa: T201 - for -rP
+    assert relative < RELATIVE, found_out
+    assert len(lines) <= PARTED, found_out
+    assert all(gap < 2 * largest for gap in gaps), found_out
 
 
 def test_llama_cpp_reads_text_as_the_model_does(asked: Any, merged: Path) -> None:
@@ -169,8 +180,10 @@ def test_llama_cpp_reads_text_as_the_model_does(asked: Any, merged: Path) -> Non
 def test_f16_answers_as_nbtune(asked: Any, adapted: PeftModel, merged: Path) -> None:
     prompts, with_adapter, without = asked
     assert sum(one != other for one, other in zip(with_adapter, without, strict=True)) >= 10  # the adapter is heard
-    assert told_by_transformers(prompts, merged) == with_adapter
-    require_llama_cpp(prompts, with_adapter, adapted, merged)
+    ours = Transformers(adapted, "nbtune")
+    read = AutoModelForCausalLM.from_pretrained(merged.parent, gguf_file=merged.name, dtype=torch.float32)
+    require_same(prompts, with_adapter, ours, Transformers(read, "transformers"))
+    require_same(prompts, with_adapter, ours, LlamaCpp(merged))
 
 
 def test_the_adapter_beside_its_base(asked: Any, adapted: PeftModel, run: Any, tmp_path: Path) -> None:
@@ -180,6 +193,7 @@ def test_the_adapter_beside_its_base(asked: Any, adapted: PeftModel, run: Any, t
     empty = get_peft_model(load(BASE, device="cpu").model, LoraConfig(r=1, target_modules=["q_proj"]))  # B is zero
     empty.save_pretrained(tmp_path / "empty")
     plain = nt.export(tmp_path / "empty", "gguf", tmp_path / "base.gguf").path
+    ours = Transformers(adapted, "nbtune")
     with adapted.disable_adapter():
-        require_llama_cpp(prompts, without, adapted, plain)
-    require_llama_cpp(prompts, with_adapter, adapted, plain, lora)
+        require_same(prompts, without, ours, LlamaCpp(plain))
+    require_same(prompts, with_adapter, ours, LlamaCpp(plain, lora))

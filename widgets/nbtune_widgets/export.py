@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _USES = {
     "adapter": "A few MB beside the base model, for PEFT and vLLM",
     "merged": "A folder for transformers and vLLM",
-    "gguf": "One file for llama.cpp, Ollama, LM Studio",
+    "gguf": "One file that llama.cpp, Ollama and LM Studio read",
     "gguf-lora": "For llama.cpp, beside a GGUF of the base model",
 }
 _WORDS = {"q8_0": "8 bits", "q4_1": "4 bits, larger", "q4_0": "4 bits"}
