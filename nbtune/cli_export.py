@@ -22,6 +22,12 @@ def export(
         str | None,
         typer.Option(help="f32, f16, bf16; for gguf also q8_0, q4_1, q4_0. Default: merged bf16, gguf f16."),
     ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The largest file of a merged model: 500MB, 4GB.")] = "4GB",
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Make this repository on the model hub and upload to it, once proved."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees that repository.")] = True,
     runs_dir: Annotated[
         Path | None, typer.Option("--runs-dir", envvar="NBTUNE_RUNS", help="Folder of the runs; default ./runs.")
     ] = None,
@@ -33,7 +39,19 @@ def export(
     folder = runs_dir or default_runs_dir()
     is_adapter = (Path(run_id) / "adapter_config.json").exists()
     what = run_id if is_adapter else Run.open(run_id, runs_dir=folder)
-    write(what, format, out, dtype=dtype, runs_dir=folder, on_status=_say)
+    done = write(
+        what,
+        format,
+        out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        push_to=push_to,
+        private=private,
+        runs_dir=folder,
+        on_status=_say,
+    )
+    if done.pushed_to is not None:
+        console.print(f"pushed to {done.pushed_to}", highlight=False, markup=False)
 
 
 def _say(message: str) -> None:

@@ -7,8 +7,9 @@
 What was found stands in `export.json` beside what was written.
 """
 
-from nbtune.export.exporter import Export, export
+from nbtune.export.exporter import export
+from nbtune.export.outcome import Export, report_path
 from nbtune.export.precision import FORMATS
 from nbtune.export.proof import Proof
 
-__all__ = ["FORMATS", "Export", "Proof", "export"]
+__all__ = ["FORMATS", "Export", "Proof", "export", "report_path"]

@@ -31,7 +31,14 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")""",
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
+    "gguf": """from llama_cpp import Llama
+
+model = Llama("path/to/this/file.gguf")""",
+    "gguf-lora": """from llama_cpp import Llama
+
+model = Llama("path/to/a/gguf/of/the/base.gguf", lora_path="path/to/this/file.gguf")""",
 }
+_LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp", "gguf-lora": "llama.cpp"}
 
 
 def card(trained: Trained, format: str, precision: Precision | None) -> str:
@@ -41,7 +48,7 @@ def card(trained: Trained, format: str, precision: Precision | None) -> str:
     """
     base = public_name(trained.model.name)
     head: dict[str, Any] = {
-        "library_name": "peft" if format == "adapter" else "transformers",
+        "library_name": _LIBRARIES[format],
         "pipeline_tag": "text-generation",
         "tags": ["nbtune", trained.label.split()[0].lower()],
     }
@@ -56,7 +63,7 @@ def card(trained: Trained, format: str, precision: Precision | None) -> str:
         f"# {trained.name}",
         "",
         f"{kind}, made with nbtune {version('nbtune')}."
-        + (f" The weights are merged, in {precision.name}." if precision else ""),
+        + (f" The weights are merged, in {precision.name}." if precision and format != "gguf-lora" else ""),
         "",
         "```python",
         _LOADING[format].format(base=base),

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import shutil
-import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
-from nbtune import _files
 from nbtune._transformers import AutoConfig
 from nbtune.errors import ExportError, NbtuneError
-from nbtune.export import folders, gguf_families, gguf_lora, gguf_model
+from nbtune.export import folders, gguf_families, gguf_lora, gguf_model, hub
 from nbtune.export.card import public_name
+from nbtune.export.outcome import Export, report_path, store
 from nbtune.export.precision import PRECISIONS, ROUNDED_BOUND, Precision, choose
 from nbtune.export.proof import Answers, Proof, answer, compare, sample_texts, tokens
 from nbtune.export.subject import Subject, float_spec, read
@@ -26,51 +25,13 @@ from nbtune.models.source import OnStatus, fetch, ignore_status
 from nbtune.models.trained import Trained, TrainedLike, default_runs_dir, find_trained
 
 Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
+OnProgress = Callable[[float], None]
 _CPU = torch.device("cpu")
 _SPARE = 1.1  # of memory and disk, beyond the weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """What was written, and how near it is to the adapter in memory."""
-
-    path: Path
-    format: str
-    dtype: str | None
-    source: str  # name of the run or the adapter
-    base: str
-    bytes: int
-    computed_in: str  # precision of both sides of the proof
-    proof: Proof
-    # The same for the weights as they were rounded for block types, in memory: whether the file says what was meant.
-    rounded: Proof | None = None
-    # How far merging onto float weights is from the quantised ones that were trained on; none where they were floats.
-    from_quantised: Proof | None = None
-    same_tokens: bool | None = None  # whether a GGUF's tokenizer reads the prompts as the original does
-
-    @property
-    def proved(self) -> bool:
-        """Whether what was written answers as it should."""
-        return self.proof.holds and (self.rounded is None or self.rounded.holds) and self.same_tokens is not False
-
-    @property
-    def report(self) -> Path:
-        """Where this is stored."""
-        return report_path(self.path)
-
-    def __str__(self) -> str:
-        text = f"{self.path}: {self.format}{f' {self.dtype}' if self.dtype else ''}, {self.bytes / 1e6:,.1f} MB\n"
-        text += f"proof: {self.proof}"
-        if self.rounded is not None:
-            text += f"\nagainst the same weights rounded in memory: {self.rounded}"
-        if self.from_quantised is not None:
-            text += f"\nfrom the quantised base that it was trained on: {self.from_quantised}"
-        return text
-
-
-def report_path(out: Path) -> Path:
-    """`export.json` in a folder; `NAME.export.json` beside a file."""
-    return out / "export.json" if out.is_dir() else out.with_suffix(".export.json")
+def _ignore_progress(share: float) -> None:
+    del share
 
 
 def export(
@@ -79,8 +40,13 @@ def export(
     out: str | Path,
     *,
     dtype: str | None = None,
+    max_shard_size: int | str = "4GB",
+    push_to: str | None = None,
+    private: bool = True,
     runs_dir: str | Path | None = None,
     on_status: OnStatus = ignore_status,
+    on_progress: OnProgress = _ignore_progress,
+    quiet: bool = False,
 ) -> Export:
     """Write a trained model in a format that others read, and prove it.
 
@@ -91,14 +57,22 @@ def export(
         out: The folder or .gguf file to make. Nothing is ever overwritten.
         dtype: bf16 (default), f16, f32 for `merged`; f16 (default), f32, bf16, q8_0, q4_1, q4_0 for `gguf`; f16
             (default), f32, bf16 for `gguf-lora`.
+        max_shard_size: The largest file of `merged`, in bytes or as `500MB`, `4GB`.
+        push_to: A repository of the model hub to make and to upload the export to, `owner/name`, once it is proved.
+        private: Whether only its owner sees that repository.
         runs_dir: The folder of runs; None is `NBTUNE_RUNS`, else `runs`.
         on_status: Told what is being done.
+        on_progress: Told the share that is done, 0 to 1.
+        quiet: Whether the outcome is not printed.
 
     What was written is read back and answers a few prompts beside the adapter in memory; the outcome is printed,
     returned and stored in `export.json`. Raises NbtuneError before anything is written where it cannot be done, and
-    ExportError where the proof fails; the files then stay where they are.
+    ExportError where the proof fails, or the hub takes nothing; the files then stay where they are.
     """
     precision = choose(format, dtype)
+    shard_bytes = folders.shard_bytes(max_shard_size)
+    if push_to is not None:
+        hub.check_name(push_to)
     target = _target(Path(out), format)
     trained = find_trained(run_or_folder, Path(runs_dir or default_runs_dir()))
     _check_kind(trained, format)
@@ -112,14 +86,17 @@ def export(
         raise ExportError(
             f"{trained.label} cannot be {format}", "A trained prompt is no change of a weight.", "Export the adapter."
         )
+    on_progress(0.3)
     texts = sample_texts(subject.tokenizer)
     prompts = tokens(texts, subject.tokenizer)
     on_status("Asking the adapter in memory")
     expected = answer(subject.model, prompts)
     quantised = _quantised(trained, prompts, expected, on_status) if format in ("merged", "gguf") else None
 
+    on_progress(0.5)
     on_status(f"Writing {target}")
-    _write(subject, format, target, precision)
+    _write(subject, format, target, precision, shard_bytes)
+    on_progress(0.75)
     done = Export(
         path=target,
         format=format,
@@ -131,14 +108,20 @@ def export(
         proof=_unproved(),
         from_quantised=quantised,
     )
-    _store(done)
+    store(done)
     rounded = answer(subject.model, prompts) if format == "gguf" and precision and precision.in_blocks else None
     on_status("Reading it back")
     done = _proved(done, subject, texts, prompts, expected, rounded, precision)
-    _store(done)
-    print(done)  # noqa: T201 - the outcome is what a person waits for
+    store(done)
+    if not quiet:
+        print(done)  # noqa: T201 - the outcome is what a person waits for
     if not done.proved:
         raise _failed(done)
+    if push_to is not None:
+        on_progress(0.9)
+        done = dataclasses.replace(done, pushed_to=hub.push(done, trained, precision, push_to, private, on_status))
+        store(done)
+    on_progress(1.0)
     return done
 
 
@@ -208,16 +191,23 @@ def _quantised(trained: Trained, prompts: list[list[int]], expected: Answers, on
     return compare(expected, found, bound=float("inf"), read_by="nbtune")
 
 
-def _write(subject: Subject, format: str, target: Path, precision: Precision | None) -> None:
-    if precision is None:
-        folders.write_adapter(subject, target)
-        return
-    write = {
-        "merged": folders.write_merged,
-        "gguf": gguf_model.write_gguf,
-        "gguf-lora": gguf_lora.write_gguf_lora,
-    }
-    write[format](subject, target, precision)
+def _write(subject: Subject, format: str, target: Path, precision: Precision | None, shard_bytes: int) -> None:
+    """Write the export whole. Raises ExportError where the disk takes no more; nothing is left behind."""
+    try:
+        if precision is None:
+            folders.write_adapter(subject, target)
+        elif format == "merged":
+            folders.write_merged(subject, target, precision, shard_bytes)
+        elif format == "gguf":
+            gguf_model.write_gguf(subject, target, precision)
+        else:
+            gguf_lora.write_gguf_lora(subject, target, precision)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own words
+        raise ExportError(
+            f"{target.name} could not be written",
+            f"{error}".splitlines()[0],
+            f"Nothing was left behind in {target.parent}. Make room there, or choose another folder.",
+        ) from error
 
 
 def _proved(
@@ -287,23 +277,6 @@ def _failed(done: Export) -> ExportError:
         message,
         f"{done.path} was left as it is; do not use it. {done.report.name} has the numbers.",
     )
-
-
-def _store(done: Export) -> None:
-    values = dataclasses.asdict(done) | {
-        "path": done.path.name,
-        "proved": done.proved,
-        "nbtune": version("nbtune"),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    _files.write_text(done.report, json.dumps(_without_infinities(values), indent=2) + "\n")
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has no nan and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def _size(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nbtune.export.subject import Subject
 from nbtune.models.loader import no_progress_bars
 from nbtune.peft import PeftModel
 
-SHARD = "4GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ADAPTER_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
@@ -37,10 +38,19 @@ def read_adapter(subject: Subject, folder: Path) -> Any:
     return PeftModel.from_pretrained(model.unload(), folder)  # pyright: ignore[reportArgumentType]
 
 
-def write_merged(subject: Subject, out: Path, precision: Precision) -> None:
-    """Write the merged model, sharded, with its tokenizer, chat template, generation config and a model card.
+def shard_bytes(size: int | str) -> int:
+    """The bytes of `500MB` or `4GB`. Raises ExportError for what is no size."""
+    found = re.fullmatch(r"([1-9]\d*) ?(|KB|MB|GB)", str(size).upper())
+    if found is None:
+        raise ExportError(f"{size!r} is no size of a file", "", "Write max_shard_size as 500MB or 4GB, or in bytes.")
+    return int(found[1]) * _UNITS[found[2]]
 
-    Raises ExportError where a weight is too large for the precision; nothing is left behind.
+
+def write_merged(subject: Subject, out: Path, precision: Precision, shard_bytes: int) -> None:
+    """Write the merged model with its tokenizer, chat template, generation config and a model card.
+
+    No file of weights has more than `shard_bytes`, unless a single weight has. Raises ExportError where a
+    weight is too large for the precision; nothing is left behind.
     """
     model = subject.merge()
     dtype = torch_dtype(precision)
@@ -50,7 +60,7 @@ def write_merged(subject: Subject, out: Path, precision: Precision) -> None:
     vars(model.config).pop("_name_or_path", None)  # a folder of this machine would mean nothing elsewhere
     with atomic_folder(out) as folder:
         with no_progress_bars():
-            model.save_pretrained(folder, max_shard_size=SHARD)
+            model.save_pretrained(folder, max_shard_size=shard_bytes)
         subject.tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(card(subject.trained, "merged", precision), encoding="utf-8")
 

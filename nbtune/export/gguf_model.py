@@ -104,7 +104,10 @@ def add_description(writer: gguf.GGUFWriter, subject: Subject, kind: str) -> Non
 def write_tensors(
     writer: gguf.GGUFWriter, out: Path, shapes: dict[str, tuple[torch.Size, gguf.GGMLQuantizationType]], stored: Any
 ) -> None:
-    """Write the file, one tensor in memory at a time: `stored(name)` is its bytes as an array."""
+    """Write the file, one tensor in memory at a time: `stored(name)` is its bytes as an array.
+
+    Raises OSError where the disk takes only a part of it.
+    """
     for name, (shape, kind) in shapes.items():
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
@@ -115,8 +118,13 @@ def write_tensors(
             writer.write_ti_data_to_file()
             for name in shapes:
                 writer.write_tensor_data(stored(name))
+            assert writer.fout is not None
+            size = writer.fout[0].tell()
         finally:
             writer.close()
+        written = temporary.stat().st_size
+        if written < size:  # numpy says nothing of the last kilobytes of an array that find no room
+            raise OSError(f"Of {size:,} bytes the disk took {written:,}.")
 
 
 def encoded(name: str, weight: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,81 @@ def test_merged_after_training_in_4_bits(bases: Folder, adapters: Folder, tmp_pa
     assert str(tmp_path) not in (done.path / "config.json").read_text()
 
 
+def test_merged_in_several_files(adapters: Folder, tmp_path: Path) -> None:
+    done = nt.export(adapters("qwen2"), "merged", tmp_path / "out", max_shard_size="50KB")
+    shards = sorted(done.path.glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]
+    assert len(shards) > 3
+    header = 4000  # bytes; what is bounded is the tensors
+    assert all(shard.stat().st_size < 50_000 + header for shard in shards)
+    index = json.loads((done.path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert done.proof.greedy_agree == 48
+    one = nt.export(adapters("qwen2"), "merged", tmp_path / "one")
+    whole = load_file(one.path / "model.safetensors")
+    pieces = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert pieces.keys() == whole.keys()
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
+
+
+def test_merged_keeps_what_goes_with_the_model(bases: Folder, adapters: Folder, tmp_path: Path) -> None:
+    """How to sample, the template that was trained with, and what the card says of data, settings and metrics."""
+    base = Path(shutil.copytree(bases("qwen2"), tmp_path / "base"))
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 4]}
+    (base / "generation_config.json").write_text(json.dumps(sampling))
+    trained = Path(shutil.copytree(adapters("qwen2"), tmp_path / "trained"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "Question: {{ messages[0].content }}\nAnswer:"
+    tokenizer.save_pretrained(trained)
+    run = run_folder(tmp_path / "runs" / "amber-heron", ModelSpec(name=str(base)), trained)
+    out = nt.export(run, "merged", tmp_path / "out").path
+    assert sampling.items() <= json.loads((out / "generation_config.json").read_text()).items()
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    _, head, card = (out / "README.md").read_text().split("---\n", 2)
+    assert "library_name: transformers" in head
+    for text in ("# amber-heron", "in bf16", "`stdlib-docs`", "(nats per token) | 1.25", "steps | 20", "r: 4"):
+        assert text in card
+    assert str(tmp_path) not in card
+
+
+def test_sampling_that_transformers_would_not_save(bases: Folder, adapters: Folder, tmp_path: Path) -> None:
+    """Models on the hub state a temperature without do_sample; transformers reads that and refuses to write it."""
+    base = Path(shutil.copytree(bases("qwen2"), tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
+    run = run_folder(tmp_path / "run", ModelSpec(name=str(base)), adapters("qwen2"))
+    out = nt.export(run, "merged", tmp_path / "out").path
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more bytes than this into a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "size"),
+    [
+        ("merged", "out", 100_000),
+        ("gguf", "out.gguf", 100_000),
+        ("gguf-lora", "out.gguf", 5000),
+        ("adapter", "out", 5000),
+    ],
+)
+def test_a_disk_that_is_full_in_mid_write(format: Any, name: str, size: int, adapters: Folder, tmp_path: Path) -> None:
+    folder, said = adapters("llama"), f"{name} could not be written\n(.*\n)*Nothing was left behind"
+    with largest_file(size), pytest.raises(ExportError, match=said):
+        nt.export(folder, format, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_fine_tune(bases: Folder, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", ModelSpec(name=str(bases("qwen2"))), bases("qwen2"), "full")
     done = nt.export(run, "merged", tmp_path / "out", dtype="f32")
@@ -80,6 +157,20 @@ def test_a_full_fine_tune(bases: Folder, tmp_path: Path) -> None:
     assert nt.export(run, "gguf", tmp_path / "out.gguf").proof.greedy_agree == 48
     with pytest.raises(ExportError, match="has no adapter"):
         nt.export(run, "gguf-lora", tmp_path / "lora.gguf")
+
+
+@pytest.mark.parametrize(("format", "name"), [("merged", "out"), ("gguf", "out.gguf")])
+def test_a_weight_that_f16_cannot_hold(format: Any, name: str, bases: Folder, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", ModelSpec(name=str(bases("llama"))), bases("llama"), "full")
+    weights = run / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e5
+    save_file(tensors, weights, {"format": "pt"})
+    message = r"do not fit float16\nmodel.layers.1.mlp.down_proj.weight holds 100000; .* is 65504.\nChoose bf16 or f32."
+    with pytest.raises(ExportError, match=message):
+        nt.export(run, format, tmp_path / name, dtype="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert nt.export(run, format, tmp_path / name, dtype="bf16").proof.greedy_agree > 40
 
 
 def test_a_broken_merge_fails_the_proof(adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +248,7 @@ def test_refused_before_anything_is_written(bases: Folder, adapters: Folder, tmp
     refused(ExportError, "no export format 'onnx'.*\n.*adapter, merged, gguf, gguf-lora", good, "onnx", out)
     refused(ExportError, "merged cannot be written in q4_0", good, "merged", out, dtype="q4_0")
     refused(ExportError, "adapter has no dtype", good, "adapter", out, dtype="f16")
+    refused(ExportError, "'4 apples' is no size of a file", good, "merged", out, max_shard_size="4 apples")
     refused(ExportError, r"must end in \.gguf", good, "gguf", out)
     refused(RunError, "no run and no adapter 'nobody'", "nobody", "merged", out)
     unfinished = run_folder(tmp_path / "unfinished", ModelSpec(name=str(bases("qwen2"))), None)

@@ -75,6 +75,16 @@ def test_blocks(dtype: str, embedding: str, most: float, adapters: Folder, tmp_p
     assert types["blk.0.attn_norm.weight"] == "F32"
 
 
+def test_bf16(adapters: Folder, tmp_path: Path) -> None:
+    done = nt.export(adapters("llama"), "gguf", tmp_path / "model.gguf", dtype="bf16")
+    assert done.proof.relative_difference < 0.01
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == "BF16"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    values = metadata(done.path)
+    assert values["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
+
+
 @pytest.mark.parametrize("dtype", ["f32", "q4_0"])
 def test_a_wrong_layout_fails_the_proof(
     dtype: str, adapters: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

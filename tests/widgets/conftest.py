@@ -1,7 +1,10 @@
 """Replayed runs and JupyterLab for the tests of what a notebook shows."""
 
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +38,30 @@ def open_notebook(lab, chromium):
     yield open_
     for notebook in opened:
         notebook.close()
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Write a finished run with a LoRA adapter of a tiny model: `trained_run(runs_dir, run_id)` is the Run."""
+    import torch
+    from replay import write_run
+
+    from nbtune.models import load
+    from nbtune.peft import LoraConfig, get_peft_model
+    from nbtune.spec import ModelSpec
+
+    adapter = tmp_path_factory.mktemp("trained") / "adapter"
+    base = load(ModelSpec(name=str(tiny_model), dtype="float32"), device="cpu")
+    torch.manual_seed(1)
+    model = get_peft_model(base.model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(adapter)
+
+    def write(runs_dir: Path, run_id: str, **settings: Any) -> Any:
+        run = write_run(runs_dir, run_id, name=str(tiny_model), **settings)
+        shutil.copytree(adapter, run.path / "adapter")
+        return run
+
+    return write

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -84,13 +85,13 @@ def test_a_failure_is_plain_and_its_traceback_a_click_away(open_notebook, tmp_pa
 
 
 @pytest.mark.parametrize("lab", ["JupyterLab Light", "JupyterLab Dark"], indirect=True)
-def test_the_table_of_runs(open_notebook, lab, request, tmp_path):
+def test_the_table_of_runs(open_notebook, lab, trained_run, request, tmp_path):
     theme = "dark" if "Dark" in request.node.callspec.params["lab"] else "light"
     folder = lab.folder / "runs"
     replay.write_run(folder, "20261122-100000-amber-heron", 100, seed=0)
     replay.write_run(folder, "20261121-090000-quiet-otter", 60, seed=7, learning_rate=1e-3, r=8)
     replay.write_run(folder, "20261119-080000-stray-finch", 80, seed=60, status="failed")
-    replay.write_run(folder, "20261118-080000-brave-newt", 40, seed=90, status="stopped", max_length=256)
+    trained_run(folder, "20261118-080000-brave-newt", steps=40, seed=90, status="stopped", max_length=256)
     notebook = open_notebook("import nbtune as nt\nnt.runs()", name="runs.ipynb", width=900)
     page = notebook.page
     errors = []
@@ -135,4 +136,28 @@ def test_the_table_of_runs(open_notebook, lab, request, tmp_path):
     page.get_by_role("button", name="Open").click()
     page.wait_for_selector(PLOT)
     shot(notebook, tmp_path, f"runs-opened-{theme}")
+
+    page.get_by_title("Select stray-finch").uncheck()
+    page.get_by_title("Select brave-newt").check()
+    page.locator(".nt-card button", has_text=re.compile("^Export$")).first.click()
+    page.locator(".nt-export button", has_text="Merged model").click()
+    page.get_by_role("button", name=re.compile("^f16 · ")).click()
+    page.get_by_label("Push to a hub").check()
+    page.get_by_label("Repository").wait_for()
+    page.locator(".nt-export").scroll_into_view_if_needed()
+    shot(notebook, tmp_path, f"export-form-{theme}")
+    assert errors == []
+    if theme == "dark" and not SHOTS:  # once is enough: loading a model takes seconds
+        return
+    page.get_by_label("Push to a hub").uncheck()
+    page.locator(".nt-export button.nt-primary").click()
+    await_text(notebook, "48 of 48", 120)
+    page.locator(".nt-proof").scroll_into_view_if_needed()
+    shot(notebook, tmp_path, f"export-proof-{theme}")
+    assert page.evaluate("getComputedStyle(document.querySelector('.nt-proof pre')).userSelect") == "all"
+    card = page.locator(".nt-export").bounding_box()
+    for part in page.locator(".nt-export .nt-asked > *, .nt-figures > *").all():
+        box = part.bounding_box()
+        assert box is None or box["x"] + box["width"] <= card["x"] + card["width"] + 1  # nothing sticks out
+    assert (lab.folder / "brave-newt-merged-f16" / "model.safetensors").exists()
     assert errors == []

@@ -1,4 +1,4 @@
-"""What can be done with a run that has ended: chat with it, or start a variation of it in a form of its own."""
+"""What can be done with a run that has ended: chat with it, export it, or start a variation of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nbtune_widgets._style import notice
 from nbtune_widgets._worker import Worker
 
 if TYPE_CHECKING:
+    from nbtune_widgets.export import ExportForm
     from nbtune_widgets.live import LiveRun
 
 
@@ -27,15 +28,18 @@ class After:
         self._show_form = vary or self._open_form
         self._worker: Worker | None = None
         self._wizard: Any = None
+        self._exporting: ExportForm | None = None
         self.compare_button = self._button("Compare", "Chat with the base model and this run, side by side")
         self.vary_button = self._button("Start a variation", "Open the form with the settings of this run")
+        self.export_button = self._button("Export", "Write the trained model for other programs, and prove it")
         self.compare_button.add_class("nt-primary")
         self.compare_button.on_click(lambda _: self._ask("Loading the model …", self._compare))
         self.vary_button.on_click(lambda _: self._ask("Opening the form …", self._vary))
+        self.export_button.on_click(lambda _: self._ask("Opening the form …", self._export))
         self.told = widgets.HTML()
         self.opened = widgets.VBox()
         self.buttons = widgets.HBox(
-            [self.compare_button, self.vary_button, self.told],
+            [self.compare_button, self.export_button, self.vary_button, self.told],
             layout=widgets.Layout(display="none", align_items="center", flex_flow="row wrap"),
         )
         self.widget = widgets.VBox([self.buttons, self.opened])
@@ -48,8 +52,13 @@ class After:
         """End the worker, and the form that was opened."""
         if self._worker is not None:
             self._worker.close()
-        if self._wizard is not None:
-            self._wizard.close()
+        self._close_opened()
+
+    def _close_opened(self) -> None:
+        for opened in (self._wizard, self._exporting):
+            if opened is not None:
+                opened.close()
+        self._wizard = self._exporting = None
 
     def _button(self, text: str, tooltip: str) -> widgets.Button:
         return widgets.Button(description=text, tooltip=tooltip)
@@ -76,6 +85,14 @@ class After:
         both = f"The base model and {escape(self.run.name)} answer, side by side, at {link}"
         self.told.value = f'<div class="nt-problem nt-info">{both}</div>'
 
+    def _export(self) -> None:
+        from nbtune_widgets.export import ExportForm
+
+        self._close_opened()
+        self._exporting = ExportForm(self.run)
+        self.opened.children = (self._exporting.widget,)
+        self.told.value = ""
+
     def _vary(self) -> None:
         self._show_form(self.run.spec)
         self.told.value = ""
@@ -83,8 +100,7 @@ class After:
     def _open_form(self, spec: RunSpec) -> None:
         from nbtune_widgets.wizard import Wizard
 
-        if self._wizard is not None:
-            self._wizard.close()
+        self._close_opened()
         self._wizard = Wizard(
             model=spec.model, data=spec.data, method=spec.method, training=spec.training, tracking=spec.tracking
         )

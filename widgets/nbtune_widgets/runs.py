@@ -26,6 +26,7 @@ from nbtune_widgets import _reports, _runtable, charts
 from nbtune_widgets._board import show_if
 from nbtune_widgets._runtable import COLUMNS, Facts
 from nbtune_widgets._style import chip, notice, style
+from nbtune_widgets.export import ExportForm
 from nbtune_widgets.live import LIVE, LiveView, dispose
 
 FIRST = 25  # runs that are shown until more are asked for
@@ -46,6 +47,7 @@ class RunsView:
         self.folder = folder
         self.error: str | None = None  # the traceback of the last thing that went wrong
         self.view: LiveView | None = None  # of the run that was opened
+        self.exporting: ExportForm | None = None
         self._runs: dict[str, Run] = {}
         self._facts: list[Facts] = []
         self._column, self._descending = COLUMNS[-1], False  # the youngest first
@@ -88,8 +90,7 @@ class RunsView:
             self._acts.put(None)
             self._thread.join()
             self._thread = None
-        if self.view is not None:
-            self.view.close()
+        self._close_opened()
         dispose(self.widget, *(line.box for line in self._lines.values()), self._more)
 
     def _build(self) -> None:
@@ -115,7 +116,8 @@ class RunsView:
         self.chat_button = self._button("Chat", self._chat, "Ask the base model and these runs, side by side")
         self.delete_button = self._button("Delete", self._ask_to_delete, "Move to the trash; it can be undone")
         self._hint = widgets.HTML()
-        buttons = [self.open_button, self.name_button, self.chat_button, self.delete_button]
+        self.export_button = self._button("Export", self._export, "Write the trained model for other programs")
+        buttons = [self.open_button, self.name_button, self.chat_button, self.export_button, self.delete_button]
         self._bar = widgets.HBox([*buttons, self._hint], layout=widgets.Layout(**_WRAP, margin="8px 0 0"))
         wide = widgets.Layout(width="430px")
         self.label = widgets.Text(description="Name", continuous_update=False, layout=wide)
@@ -222,6 +224,7 @@ class RunsView:
         show_if(self.open_button, len(chosen) == 1)
         show_if(self.name_button, len(chosen) == 1)
         show_if(self.chat_button, bool(chosen))
+        show_if(self.export_button, len(chosen) == 1 and chosen[0].status not in LIVE)
         show_if(self.delete_button, bool(chosen))
         hint = "" if chosen else "Select runs to open, compare, name or delete them." if self._facts else _EMPTY
         if len(chosen) == 1:
@@ -238,11 +241,22 @@ class RunsView:
 
     def _open(self) -> None:
         (run,) = self.selected
-        if self.view is not None:
-            self.view.close()
+        self._close_opened()
         self.view = LiveView(run, after=True)
         self._opened.children = (self.view.widget,)
         self.view.start()
+
+    def _export(self) -> None:
+        (run,) = self.selected
+        self._close_opened()
+        self.exporting = ExportForm(run)
+        self._opened.children = (self.exporting.widget,)
+
+    def _close_opened(self) -> None:
+        for opened in (self.view, self.exporting):
+            if opened is not None:
+                opened.close()
+        self.view = self.exporting = None
 
     def _edit(self) -> None:
         (run,) = self.selected
