@@ -50,3 +50,12 @@ def initialise(uri: str, runs_dir: Path) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)  # creates and migrates the tables
     return client
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str, runs_dir: Path) -> str:
+    """The experiment of that name, made where there is none; its files lie beside the runs if the store is a file."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    location = (runs_dir / "mlartifacts" / name).resolve().as_uri() if uri.startswith("sqlite:") else None
+    return client.create_experiment(name, artifact_location=location)

@@ -21,7 +21,7 @@ from nbtune.errors import RunError
 from nbtune.shelf import FILE as ABOUT
 from nbtune.shelf import read_about
 from nbtune.spec import RunSpec
-from nbtune.store import initialise, require_reachable, tracking_uri
+from nbtune.store import experiment_id, initialise, require_reachable, tracking_uri
 from nbtune.train.events import Event, read_events
 
 if TYPE_CHECKING:
@@ -158,15 +158,9 @@ class _Reporter:
         self.client.set_tag(self.run_id, "mlflow.note.content", about.note)
 
     def _create_run(self) -> str:
-        client, name = self.client, self._spec.tracking.experiment
-        experiment = client.get_experiment_by_name(name)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            local = self._uri.startswith("sqlite:")
-            location = (self.path.parent / "mlartifacts" / name).resolve().as_uri() if local else None
-            experiment_id = client.create_experiment(name, artifact_location=location)
-        run = client.create_run(experiment_id, run_name=self.path.name, tags={"nbtune.run": str(self.path.resolve())})
+        client = self.client
+        experiment = experiment_id(client, self._spec.tracking.experiment, self._uri, self.path.parent)
+        run = client.create_run(experiment, run_name=self.path.name, tags={"nbtune.run": str(self.path.resolve())})
         for key, value in flat_params(self._spec).items():
             client.log_param(run.info.run_id, key, value)
         return run.info.run_id
