@@ -96,14 +96,14 @@ class Design:
         point = OptunaSearch(self.space, self.sampler, seed=self.seed, maximise=self.maximise).next(bare)
         return None if point is None else self.seeded(point, 0)
 
-    def preview(self, *, trials: int | None, jobs: int, memory_bytes: int | None) -> Preview:
+    def preview(self, forecaster: Forecaster, *, trials: int | None, jobs: int) -> Preview:
         """The trials to come. Raises SweepError where none of them fits into memory."""
         if self.adaptive:
             if trials is None:
                 raise SweepError("A search has no end", "", "Say how many trials there are to be: trials=20.")
             return Preview([], jobs, to_come=trials)
-        forecaster, seen = Forecaster(memory_bytes), {}
-        shown = []
+        seen: dict[Any, int] = {}
+        shown: list[tuple[Point, Forecast]] = []
         for number, point in enumerate(self.points(trials), 1):
             spec = self.spec(point)
             key = number if spec is None else spec.to_yaml()

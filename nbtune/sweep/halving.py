@@ -3,15 +3,15 @@
     halving = Halving(first=20, factor=3)       # looks after 20, 60, 180, ... steps
     halving.falls_behind(trial, run.events())
 
-At each rung a run goes on if it is among the best 1/factor of all that came so far; nothing waits for anything, so slow
-trials and slow machines hold nobody up. Li et al., A System for Massively Parallel Hyperparameter Tuning
-(arXiv:1810.05934), in the form that stops runs instead of pausing them.
+At each rung a run goes on as long as it is among the best 1/factor of all that came to it so far. Nothing waits, so
+slow trials and slow machines hold nobody up. After Li et al., A System for Massively Parallel Hyperparameter Tuning
+(arXiv:1810.05934), who pause runs and promote the best; here they run, and those that fall behind are stopped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nbtune.errors import SweepError
 from nbtune.train.events import Event
@@ -31,29 +31,30 @@ class Halving:
         self._losses: dict[int, dict[int, float]] = {}  # by rung, in steps, and trial
 
     def falls_behind(self, trial: int, events: Sequence[Event]) -> bool:
-        """Whether the run with these events should stop; asked again, it counts a rung only once."""
-        behind = False
-        for rung in self._new_rungs(trial, events):
+        """Whether the run with these events should stop: at the last rung that it came to, others are better.
+
+        It may be asked at any time: one that was the first at a rung is judged anew when others come to it.
+        """
+        reached = None
+        for rung in self._rungs(events):
             loss = loss_at(events, rung)
             if loss is None:
                 break
-            at_rung = self._losses.setdefault(rung, {})
-            at_rung[trial] = loss
-            behind = not among_best(loss, list(at_rung.values()), self.factor)
-            if behind:
-                break
-        return behind
+            self._losses.setdefault(rung, {})[trial] = loss
+            reached = rung
+        if reached is None:
+            return False
+        at_rung = self._losses[reached]
+        return not among_best(at_rung[trial], list(at_rung.values()), self.factor)
 
-    def _new_rungs(self, trial: int, events: Sequence[Event]) -> list[int]:
-        """The rungs that the run has come to and that were not counted. Its last step is none: there it is done."""
-        total = next((event["total_steps"] for event in reversed(events) if event["type"] == "start"), None)
+    def _rungs(self, events: Sequence[Event]) -> Iterator[int]:
+        """The rungs that the run has come to. Its last step is none: there it is done."""
+        total = next((event["total_steps"] for event in reversed(events) if event["type"] == "start"), math.inf)
         last = max((event["step"] for event in events if event["type"] in ("train", "eval")), default=0)
-        rung, found = self.first, []
-        while rung <= last and (total is None or rung < total):
-            if trial not in self._losses.get(rung, {}):
-                found.append(rung)
+        rung = self.first
+        while rung <= last and rung < total:
+            yield rung
             rung *= self.factor
-        return found
 
 
 def among_best(loss: float, losses: Sequence[float], factor: int) -> bool:

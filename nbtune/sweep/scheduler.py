@@ -45,6 +45,7 @@ class _Running:
     """What is known of a trial while it runs."""
 
     began: float  # time.monotonic()
+    run: Run | None = None  # the last that its notebook made, once there is one
     told: State | None = None  # what it was told: "stopped" or "stopped early", and what it will be called
     killed: State | None = None
     deadline: float | None = None  # time.monotonic() at which a trial that was told to stop is killed
@@ -54,13 +55,22 @@ class Scheduler:
     """One life of the sweep at `path`, until nothing is left to do or it is told to stop."""
 
     def __init__(
-        self, path: Path, design: Design, budget: Budget, executor: Executor, wishes: Wishes, halving: Halving | None
+        self,
+        path: Path,
+        design: Design,
+        budget: Budget,
+        executor: Executor,
+        wishes: Wishes,
+        forecaster: Forecaster,
+        *,
+        halving: Halving | None = None,
+        tracking: TrackingSpec | None = None,
     ) -> None:
         self.path = path
         self._design, self._budget, self._executor, self._wishes = design, budget, executor, wishes
-        self._halving = halving
+        self._halving, self._tracking = halving, tracking
         self._ledger = Ledger(path)
-        self._forecast = Forecaster(budget.memory_bytes)
+        self._forecast = forecaster
         self._running: dict[int, _Running] = {}
         self._tracker: SweepTracker | None = None
         self._specs: dict[int, RunSpec | None] = {}  # by trial
@@ -192,7 +202,7 @@ class Scheduler:
     def _look(self, trial: Trial) -> None:
         """End a running trial whose time is over, or that somebody or its own loss says to stop."""
         running, now = self._running[trial.number], time.monotonic()
-        run = trial.run
+        run = running.run = running.run or trial.run
         if run is not None and self._tracker is not None:
             self._tracker.adopt(run.path)
         if self._budget.timeout is not None and now - running.began > self._budget.timeout:
@@ -279,9 +289,8 @@ class Scheduler:
                 self._halving.falls_behind(trial.number, trial.run.events())
 
     def _track(self) -> SweepTracker | None:
-        first = next((trial for trial in self._trials().values() if trial.state != "refused"), None)
-        spec = self._design.spec(first.params) if first is not None else None
-        tracking = spec.tracking if spec is not None else TrackingSpec()
+        first = next((spec for spec in self._specs.values() if spec is not None), None)
+        tracking = self._tracking or (first.tracking if first is not None else TrackingSpec())
         if not tracking.mlflow:
             return None
         params = {name: self._design.identity()[name] for name in ("space", "params", "sampler", "repeats", "metric")}

@@ -12,6 +12,7 @@ The folder is the truth: the same call, after whatever ended it, does what is le
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import threading
@@ -23,12 +24,13 @@ from filelock import FileLock, Timeout
 
 from nbtune import _files
 from nbtune.errors import SweepError
+from nbtune.spec import TrackingSpec
 from nbtune.sweep.design import Design
 from nbtune.sweep.halving import Halving
 from nbtune.sweep.ledger import FILE, Ledger
 from nbtune.sweep.local import LocalExecutor, visible_gpus
 from nbtune.sweep.notebook import SweepNotebook
-from nbtune.sweep.preview import Preview
+from nbtune.sweep.preview import Forecaster, Preview
 from nbtune.sweep.scheduler import Budget, Scheduler
 from nbtune.sweep.space import Space
 from nbtune.sweep.trial import Trial, best, find
@@ -62,6 +64,7 @@ def sweep(
     memory_bytes: int | None = None,
     halving: Halving | None = None,
     retry: bool = False,
+    tracking: TrackingSpec | None = None,
     out: str | Path | None = None,
     start: bool = True,
 ) -> Sweep:
@@ -87,6 +90,7 @@ def sweep(
         memory_bytes: What one trial may take; None is its share of what is free. Larger ones are refused.
         halving: Stops trials early that fall behind others.
         retry: Also do again what failed, died or timed out.
+        tracking: Where the sweep's own record is kept; None is where its first trial's is.
         out: The sweep's folder; None is `sweeps/<notebook>-<a digest of what is asked>`.
         start: False returns it before it starts, so that its `preview` can be looked at.
 
@@ -97,7 +101,7 @@ def sweep(
     )
     path = (Path(out) if out is not None else design.default_folder()).resolve()
     budget = Budget(trials, hours, timeout, memory_bytes, retry=retry)
-    made = Sweep(path, design, budget, jobs=jobs, gpus=gpus, halving=halving)
+    made = Sweep(path, design, budget, jobs=jobs, gpus=gpus, halving=halving, tracking=tracking)
     made.require()
     if start:
         made.start()
@@ -116,6 +120,7 @@ class Sweep:
         jobs: int = 1,
         gpus: list[str] | None = None,
         halving: Halving | None = None,
+        tracking: TrackingSpec | None = None,
     ) -> None:
         self.path = path.resolve()
         self.design = design
@@ -123,6 +128,7 @@ class Sweep:
         self._budget = budget or Budget()
         self._gpus = gpus
         self._halving = halving
+        self._tracking = tracking
         self._ledger = Ledger(self.path)
         self._wishes = Wishes(self.path)
         self._thread: threading.Thread | None = None
@@ -163,7 +169,11 @@ class Sweep:
     @property
     def preview(self) -> Preview:
         """All trials, with the time and the memory that each will take."""
-        return self.design.preview(trials=self._budget.trials, jobs=self.jobs, memory_bytes=self._memory())
+        return self.design.preview(self._forecaster, trials=self._budget.trials, jobs=self.jobs)
+
+    @functools.cached_property
+    def _forecaster(self) -> Forecaster:
+        return Forecaster(self._memory())
 
     @property
     def status(self) -> Status:
@@ -267,8 +277,16 @@ class Sweep:
         orders = self.path / ".jobs"
         try:
             executor = LocalExecutor(self.jobs, orders, self._gpus)
-            budget = dataclasses.replace(self._budget, memory_bytes=self._memory())
-            Scheduler(self.path, self.design, budget, executor, self._wishes, self._halving).live()
+            Scheduler(
+                self.path,
+                self.design,
+                self._budget,
+                executor,
+                self._wishes,
+                self._forecaster,
+                halving=self._halving,
+                tracking=self._tracking,
+            ).live()
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by wait()
             self._exception = error
         finally:

@@ -11,6 +11,7 @@ from nbtune.notebook import NotebookError, packaged
 from nbtune.spec import RunSpec
 from nbtune.sweep.design import Design
 from nbtune.sweep.notebook import SweepNotebook
+from nbtune.sweep.preview import Forecaster
 from nbtune.sweep.space import Range
 
 
@@ -127,7 +128,7 @@ def test_a_search_repeats_a_point_before_it_looks_for_the_next():
 
 
 def test_the_preview_foretells_time_and_memory_and_leaves_out_what_is_the_same(params):
-    seen = design({"method": ["lora", "ia3"], "r": [4, 8]}, params).preview(trials=None, jobs=2, memory_bytes=None)
+    seen = design({"method": ["lora", "ia3"], "r": [4, 8]}, params).preview(Forecaster(None), trials=None, jobs=2)
     forecasts = [forecast for _, forecast in seen.trials]
     assert [forecast.refused for forecast in forecasts] == ["", "", "", "the same as 3"]
     assert forecasts[0].peak_bytes < forecasts[1].peak_bytes
@@ -139,13 +140,13 @@ def test_the_preview_foretells_time_and_memory_and_leaves_out_what_is_the_same(p
 def test_trials_that_do_not_fit_are_refused(params):
     small = {**params, "gradient_accumulation_steps": 1}
     sizes = design({"max_length": [64, 256]}, {k: v for k, v in small.items() if k != "max_length"})
-    first, second = sizes.preview(trials=None, jobs=1, memory_bytes=None).trials
+    first, second = sizes.preview(Forecaster(None), trials=None, jobs=1).trials
     between = (first[1].peak_bytes + second[1].peak_bytes) // 2
-    refused = sizes.preview(trials=None, jobs=1, memory_bytes=between)
+    refused = sizes.preview(Forecaster(between), trials=None, jobs=1)
     assert [bool(forecast.refused) for _, forecast in refused.trials] == [False, True]
     assert "needs" in refused.trials[1][1].refused
     with pytest.raises(SweepError, match="No trial can be run"):
-        sizes.preview(trials=None, jobs=1, memory_bytes=1_000_000)
+        sizes.preview(Forecaster(1_000_000), trials=None, jobs=1)
 
 
 def test_the_same_call_has_the_same_folder_and_another_one_has_not(tmp_path):
@@ -159,4 +160,4 @@ def test_the_same_call_has_the_same_folder_and_another_one_has_not(tmp_path):
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_what_has_no_end_needs_a_number_of_trials(sampler):
     with pytest.raises(SweepError, match="trials=20"):
-        design({"r": Range(4, 8)}, sampler=sampler).preview(trials=None, jobs=1, memory_bytes=None)
+        design({"r": Range(4, 8)}, sampler=sampler).preview(Forecaster(None), trials=None, jobs=1)
