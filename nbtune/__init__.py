@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from nbtune.plan import Plan, plan
     from nbtune.run import Run, runs, train
     from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
+    from nbtune.sweep.halving import Halving
+    from nbtune.sweep.space import Range
+    from nbtune.sweep.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -38,14 +41,17 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 # Imported when first used: torch, gradio and mlflow take seconds each.
 _HOME = {
     "DataSpec": "nbtune.spec",
+    "Halving": "nbtune.sweep.halving",
     "LoraConfig": "nbtune.peft.configs.lora",
     "ModelSpec": "nbtune.spec",
     "NbtuneError": "nbtune.errors",
     "PeftConfig": "nbtune.peft.config",
     "Plan": "nbtune.plan",
     "Problem": "nbtune.check",
+    "Range": "nbtune.sweep.space",
     "Run": "nbtune.run",
     "RunSpec": "nbtune.spec",
+    "Sweep": "nbtune.sweep.sweep",
     "TrackingSpec": "nbtune.spec",
     "TrainingSpec": "nbtune.spec",
     "arena": "nbtune.compare.arena",
@@ -57,19 +63,23 @@ _HOME = {
     "runs": "nbtune.run",
     "serve": "nbtune.infer.server",
     "settings": "nbtune.spec",
+    "sweep": "nbtune.sweep.sweep",
     "train": "nbtune.run",
 }
 
 __all__ = [
     "DataSpec",
+    "Halving",
     "LoraConfig",
     "ModelSpec",
     "NbtuneError",
     "PeftConfig",
     "Plan",
     "Problem",
+    "Range",
     "Run",
     "RunSpec",
+    "Sweep",
     "TrackingSpec",
     "TrainingSpec",
     "arena",
@@ -81,6 +91,7 @@ __all__ = [
     "runs",
     "serve",
     "settings",
+    "sweep",
     "train",
     "wizard",
 ]

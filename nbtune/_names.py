@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -19,9 +20,13 @@ _ANIMALS = (
 
 
 def new_id(runs_dir: Path) -> str:
-    """An id that no run in `runs_dir` has, such as `20261122-0614-amber-heron`."""
+    """An id that no run in `runs_dir` has, such as `20261122-061403-amber-heron`.
+
+    In a trial of a sweep it begins with the trial's number, which `NBTUNE_TRIAL` tells: `003-amber-heron`.
+    """
     choose = random.SystemRandom()  # not the generator that a user has seeded
     while True:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{choose.choice(_COLOURS)}-{choose.choice(_ANIMALS)}"
+        first = os.environ.get("NBTUNE_TRIAL") or time.strftime("%Y%m%d-%H%M%S")
+        name = f"{first}-{choose.choice(_COLOURS)}-{choose.choice(_ANIMALS)}"
         if not (runs_dir / name).exists():
             return name

@@ -36,5 +36,9 @@ class RunError(NbtuneError, RuntimeError):
     """A run cannot be started, resumed or opened."""
 
 
+class SweepError(NbtuneError, ValueError):
+    """A sweep cannot be made, started or opened."""
+
+
 class ExportError(NbtuneError, RuntimeError):
     """An export cannot be made, or what was written does not answer as the adapter does."""

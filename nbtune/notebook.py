@@ -10,7 +10,9 @@ import ast
 import difflib
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ _PLAIN = (int, float, str, bool, list, dict, type(None))
 
 class NotebookError(NbtuneError, ValueError):
     """A notebook cannot be executed with these parameters, or failed."""
+
+
+class KernelDiedError(NotebookError):
+    """The kernel of a notebook ended before its last cell: it was killed, or ran out of memory."""
 
 
 def packaged(name: str) -> Path:
@@ -115,26 +121,37 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
-    # Over TCP every user of the machine could read what passes between papermill and the kernel.
-    transport = "ipc" if os.name == "posix" else "tcp"
-
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(output),
-            parameters=values,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            config=Config({"KernelManager": {"transport": transport}}),
-            cwd=os.fspath(cwd) if cwd is not None else None,
-        )
+        with _private_transport() as transport:
+            papermill.execute_notebook(
+                str(path),
+                str(output),
+                parameters=values,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                config=Config({"KernelManager": transport}),
+                cwd=os.fspath(cwd) if cwd is not None else None,
+            )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(
             f"{path.name} failed in cell {error.exec_count}", f"{error.ename}: {error.evalue}", f"See {output}."
         ) from error
     except (DeadKernelError, CellTimeoutError) as error:
-        raise NotebookError(
+        raise KernelDiedError(
             f"The kernel of {path.name} died", str(error), f"It may have run out of memory. See {output}."
         ) from error
     return output
+
+
+@contextmanager
+def _private_transport() -> Iterator[dict[str, str]]:
+    """How papermill and its kernel talk: over TCP every user of the machine could read it.
+
+    Jupyter's own choice of sockets is `kernel-ipc-1` in the working folder, which two notebooks there would share.
+    """
+    if os.name != "posix":
+        yield {"transport": "tcp"}
+        return
+    with tempfile.TemporaryDirectory(prefix="nbtune-", ignore_cleanup_errors=True) as folder:
+        yield {"transport": "ipc", "ip": f"{folder}/kernel"}

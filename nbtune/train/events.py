@@ -16,10 +16,10 @@ FILE = "events.jsonl"
 
 
 class EventLog:
-    """Appends events to a run's file; each line is on its way to the disk before `append` returns."""
+    """Appends events to a folder's file; each line is on its way to the disk before `append` returns."""
 
-    def __init__(self, run_path: Path) -> None:
-        path = run_path / FILE
+    def __init__(self, folder: Path, *, file: str = FILE) -> None:
+        path = folder / file
         _drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -44,10 +44,10 @@ def read_events(run_path: Path, *, all_lives: bool = False) -> list[Event]:
 
 
 class EventReader:
-    """Reads the events of a run that goes on, as `read_events` does; a look parses only what is new."""
+    """Reads the events of what goes on in a folder, as `read_events` does; a look parses only what is new."""
 
-    def __init__(self, run_path: Path) -> None:
-        self._file = run_path / FILE
+    def __init__(self, folder: Path, *, file: str = FILE) -> None:
+        self._file = folder / file
         self._read: tuple[int, list[Event]] = (0, [])  # bytes, and the events in them; replaced whole: threads share it
 
     def read(self) -> list[Event]:

@@ -1,0 +1,189 @@
+"""Trials that run: alone in their failure, stopped, resumed, and never twice."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from toy import processes_of, write_toy
+
+import nbtune as nt
+from nbtune.errors import NbtuneError, SweepError
+from nbtune.sweep.ledger import Ledger
+from nbtune.sweep.local import cores
+
+UNTRACKED = nt.TrackingSpec(mlflow=False)
+PATIENCE = 240  # seconds, on a machine that is busy with other things
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.ipynb")
+
+
+def eventually(condition, what):
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never {what}"
+        time.sleep(0.2)
+    return value
+
+
+def lines(path):
+    with (path / "table.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+SCRIPT = """
+import sys
+import nbtune as nt
+nt.sweep(sys.argv[1], {space!r}, params={{"loss": 1.5}}, out=sys.argv[2], tracking=nt.TrackingSpec(mlflow=False)).wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(toy, tmp_path_factory):
+    """A sweep whose process was killed during its third trial of four, and then the same call."""
+    out = tmp_path_factory.mktemp("killed") / "sweep"
+    gate = out.parent / "open"
+    space = {"wait_for": ["", str(gate)], "do": ["train", "raise"]}  # the third and the fourth wait for the gate
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(space=space), str(toy), str(out)])
+
+    def states():
+        return [trial.state for trial in Ledger(out).trials().values()]
+
+    eventually(lambda: states() == ["finished", "failed", "running", "waiting"], "two ended and one running")
+    eventually((out / "003.ipynb").exists, "a notebook of the third")
+    assert nt.Sweep.open(out).status == "running"
+    with pytest.raises(SweepError, match="running already"):
+        nt.sweep(toy, space, params={"loss": 1.5}, out=out, tracking=UNTRACKED)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    eventually(lambda: not processes_of(out), "the end of its trials")
+    status = nt.Sweep.open(out).status
+    first_life = (out / "trials.jsonl").read_text().splitlines()
+    gate.touch()
+    sweep = nt.sweep(toy, space, params={"loss": 1.5}, out=out, tracking=UNTRACKED).wait(PATIENCE)
+    return sweep, status, first_life
+
+
+def test_a_sweep_that_was_killed_is_finished_by_the_same_call(killed):
+    sweep, status, first_life = killed
+    assert status == "interrupted"
+    assert sweep.status == "finished"
+    assert [trial.state for trial in sweep.trials] == ["finished", "failed", "finished", "failed"]
+    ledger = (sweep.path / "trials.jsonl").read_text().splitlines()
+    assert ledger[: len(first_life)] == first_life  # only ever appended to
+
+
+def test_nothing_that_ended_is_done_again(killed):
+    sweep = killed[0]
+    events = sweep.events()
+    assert [event["trial"] for event in events if event["type"] == "start"] == [1, 2, 3, 3, 4]
+    assert [trial.attempt for trial in sweep.trials] == [1, 1, 2, 1]
+    sweep.start().wait(PATIENCE)  # there is nothing left to do
+    assert [event["type"] for event in sweep.events()[len(events) :]] == ["open", "close"]
+
+
+def test_the_notebook_of_the_interrupted_attempt_is_kept_aside(killed):
+    path = killed[0].path
+    assert (path / "003.attempt-1.ipynb").exists()
+    assert nbformat.read(path / "003.ipynb", 4).metadata.papermill.exception is None
+
+
+def test_a_trial_fails_alone_and_its_notebook_tells_why(killed):
+    trial = killed[0].trial(2)
+    assert "ValueError: made to crash" in trial.error
+    assert "made to crash" in trial.notebook.read_text()
+    assert (trial.run, trial.run_id, trial.metrics) == (None, None, {})
+
+
+def test_metrics_come_from_the_runs_own_files(killed):
+    trial = killed[0].trial(3)
+    assert trial.run_id.startswith("003.2-")
+    assert trial.metrics["eval_loss_after"] == trial.run.summary()["eval_loss_after"] == 1.5
+    assert trial.metrics["steps"] == 3
+
+
+def test_the_table_and_the_best_are_made_from_the_ledger(killed):
+    path, best = killed[0].path, killed[0].best
+    rows = lines(path)
+    assert [(row["trial"], row["do"], row["state"], row["attempts"]) for row in rows] == [
+        ("1", "train", "finished", "1"),
+        ("2", "raise", "failed", "1"),
+        ("3", "train", "finished", "2"),
+        ("4", "raise", "failed", "1"),
+    ]
+    assert (rows[0]["eval_loss_after"], rows[3]["eval_loss_after"]) == ("1.5", "")
+    told = json.loads((path / "best.json").read_text())
+    assert (told["trial"], told["run"], told["eval_loss_after"]) == (1, best.run_id, 1.5)
+    assert str((path / "best").readlink()) == f"runs/{best.run_id}/adapter"
+
+
+def test_it_executes_its_own_copy_of_the_notebook(killed):
+    sweep = killed[0]
+    assert sweep.design.notebook.path == sweep.path / "notebook.ipynb"
+    assert nt.Sweep.open(sweep.path).design.identity() == sweep.design.identity()
+
+
+def test_another_sweep_does_not_go_into_its_folder(killed, toy, tmp_path):
+    with pytest.raises(SweepError, match="another space"):
+        nt.sweep(toy, {"loss": [1.0, 2.0]}, out=killed[0].path, start=False)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(SweepError, match="is not empty"):
+        nt.sweep(toy, {"loss": [1.0, 2.0]}, out=tmp_path, start=False)
+
+
+def test_trials_are_stopped_by_a_person_and_by_their_losses(toy, tmp_path):
+    sweep = nt.sweep(toy, {"loss": [1.0, 2.0]}, params={"steps": 12000}, out=tmp_path / "s", jobs=2, start=False,
+                     tracking=UNTRACKED, halving=nt.Halving(first=2, factor=2))  # fmt: skip
+    assert sweep.status == "created"
+    assert not sweep.path.exists()
+    sweep.start()
+    eventually(lambda: len(sweep.trials) == 2 and sweep.trial(2).state == "stopped early", "behind")
+    sweep.stop(1)
+    sweep.wait(PATIENCE)
+    good, bad = sweep.trials
+    assert (good.state, bad.state) == ("stopped", "stopped early")
+    assert bad.metrics["eval_loss_after"] == 2.0
+    assert 2 <= bad.metrics["steps"] < 12000
+    assert (bad.run.path / "adapter").exists()
+    assert sweep.best == good
+    threads = max(1, min(cores() // 2, int(os.environ.get("OMP_NUM_THREADS", "1000"))))
+    assert f"threads {threads}" in good.notebook.read_text()
+
+
+def test_a_trial_that_takes_too_long_is_ended_with_all_its_processes(toy, tmp_path):
+    """Of a search, whose trials are chosen one after the other."""
+    sweep = nt.sweep(toy, {"seed": nt.Range(1, 9)}, params={"do": "hang"}, sampler="tpe", trials=1, out=tmp_path / "s",
+                     tracking=UNTRACKED, timeout=4).wait(PATIENCE)  # fmt: skip
+    assert sweep.status == "finished"
+    assert 1 <= sweep.trial(1).params["seed"] <= 9
+    assert (sweep.trial(1).state, sweep.trial(1).error) == ("timed out", "It took more than 4 s.")
+    assert not processes_of(sweep.path)
+    assert sweep.best is None
+
+
+def test_a_kernel_that_dies_and_a_notebook_that_makes_no_run(toy, tmp_path):
+    """The second ends the sweep, for the next ones would make none either."""
+    sweep = nt.sweep(toy, {"do": ["kill", "nothing", "train"]}, out=tmp_path / "s", tracking=UNTRACKED)
+    with pytest.raises(SweepError, match="makes no runs"):
+        sweep.wait(PATIENCE)
+    assert sweep.status == "failed"
+    died, empty, waiting = nt.Sweep.open(sweep.path).trials
+    assert (died.state, empty.state, waiting.state) == ("died", "failed", "waiting")
+    assert "out of memory" in died.error
+    assert "The kernel died here" in died.notebook.read_text()
+
+
+def test_what_cannot_run_writes_nothing(toy, tmp_path):
+    with pytest.raises(NbtuneError):
+        nt.sweep(toy, {"los": [1.0]}, out=tmp_path / "s")
+    with pytest.raises(SweepError, match="jobs"):
+        nt.sweep(toy, {"loss": [1.0]}, out=tmp_path / "s", jobs=0)
+    assert not (tmp_path / "s").exists()

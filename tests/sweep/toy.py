@@ -1,0 +1,69 @@
+"""A notebook whose run takes no model: the files, the lock and the wishes of a real one, and a loss that it is told."""
+
+from pathlib import Path
+
+import nbformat
+import psutil
+
+PARAMETERS = """
+loss = 1.0
+steps = 3  # of a twentieth of a second each
+do = "train"  # or "raise", "kill", "hang", "nothing"
+wait_for = ""  # a file, until which it hangs
+seed = 0
+"""
+
+BODY = """
+import os, time
+from pathlib import Path
+from filelock import FileLock
+from nbtune._names import new_id
+from nbtune.train.control import Control
+from nbtune.train.events import EventLog
+
+if do == "raise":
+    raise ValueError("made to crash")
+if do == "kill":
+    os.kill(os.getpid(), 9)
+while do == "hang" or (wait_for and not Path(wait_for).exists()):
+    time.sleep(0.05)
+if do == "train":
+    runs = Path(os.environ["NBTUNE_RUNS"])
+    path = runs / new_id(runs)
+    path.mkdir(parents=True)
+    (path / "spec.yaml").write_text("model: {name: toy}")
+    with FileLock(path / ".lock"):
+        log, control, status = EventLog(path), Control(path), "finished"
+        log.append({"type": "start", "step": 0, "total_steps": steps, "eval_examples": 1})
+        log.append({"type": "eval", "step": 0, "eval_loss": 4.0})
+        for step in range(1, steps + 1):
+            time.sleep(0.05)
+            log.append({"type": "train", "step": step, "loss": loss, "tokens": 8, "tokens_per_second": 160.0,
+                        "peak_memory_bytes": 1})
+            log.append({"type": "eval", "step": step, "eval_loss": loss})
+            if control.should_stop():
+                status = "stopped"
+                break
+        (path / "adapter").mkdir()
+        log.append({"type": "end", "step": step, "status": status})
+    print("threads", os.environ["OMP_NUM_THREADS"])
+"""
+
+
+def write_toy(path: Path) -> Path:
+    cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(BODY)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def processes_of(sweep: Path) -> list[psutil.Process]:
+    """What still runs of a sweep's trials: workers, kernels, and whatever they started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("NBTUNE_RUNS") == str(sweep / "runs") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
