@@ -14,7 +14,8 @@ from __future__ import annotations
 import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nbtune._transformers import DynamicCache
 from nbtune.errors import NbtuneError
 from nbtune.infer.batch import Answer, Batch, Delta, Finish, Limits, Stats
 from nbtune.infer.columns import BASE
+from nbtune.infer.likelihood import Score, score
 from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults, default_sampling
 from nbtune.infer.text import Message, TextStream, prompt_tokens, stop_tokens
 from nbtune.models import load
@@ -32,7 +34,7 @@ from nbtune.peft.config import PromptLearningConfig
 from nbtune.peft.layer import BASE as NO_ADAPTER
 from nbtune.spec import ModelSpec
 
-__all__ = ["Delta", "Engine", "Finish", "Stats"]
+__all__ = ["Delta", "Engine", "Finish", "Score", "Stats"]
 
 
 class Engine:
@@ -74,7 +76,7 @@ class Engine:
             spec = model.model_copy(update={"name": str(folder), "revision": None})
             self._models[name] = load(spec, device=device).model.eval()
         self._stateful = bool(base._is_stateful)
-        self._keep_one_logit = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._keeps_last_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._lock = threading.Lock()
 
     def stream(
@@ -103,27 +105,54 @@ class Engine:
         self, column: str, messages: Sequence[Message], sampling: Sampling, *, max_new_tokens: int, seed: int
     ) -> Answer:
         """An answer that is to be written. Raises NbtuneError as `stream` does."""
+        prompt = self.prompt(column, messages)
+        return self.continuation(column, prompt, sampling, max_new_tokens=max_new_tokens, seed=seed)
+
+    def continuation(
+        self, column: str, prompt: Sequence[int], sampling: Sampling, *, max_new_tokens: int, seed: int
+    ) -> Answer:
+        """As `answer`, to token ids."""
         if max_new_tokens < 1:
             raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
-        prompt = self.prompt(column, messages)
-        limits = Limits(self._stop_tokens, max_new_tokens, self._room(column))
-        return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(self.tokenizer), limits)
+        self._require_room(column, len(prompt))
+        limits = Limits(self._stop_tokens, max_new_tokens, self.room(column))
+        return Answer(column, list(prompt), Sampler(sampling, seed, self.device), TextStream(self.tokenizer), limits)
 
     def prompt(self, column: str, messages: Sequence[Message]) -> list[int]:
         """The token ids that this column would read. Raises NbtuneError as `stream` does."""
-        if column not in self.columns:
-            raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
+        self._require_room(column, 0)
         ids = prompt_tokens(messages, self.tokenizer)
-        room = self._room(column)
-        if len(ids) >= room:
-            raise NbtuneError(
-                "The conversation is longer than the model's context",
-                f"{column}: {len(ids):,} tokens; {self.spec.name} reads {room:,}, answer included.",
-                "Shorten the prompt, or clear the conversation.",
-            )
+        self._require_room(column, len(ids))
         return ids
 
-    def _room(self, column: str) -> int:
+    def score(self, column: str, prompt: Sequence[int], reference: Sequence[int]) -> Score:
+        """How likely this column finds the tokens `reference` after the tokens `prompt`, at least one of each.
+
+        Raises NbtuneError where there is none, the column is unknown, or both are longer than the context. Waits
+        until nothing is written; a long reference is read in pieces, so that its logits never are in memory at once.
+        """
+        if not prompt or not reference:
+            raise NbtuneError("There is nothing to score", f"{len(prompt)} and {len(reference)} tokens.")
+        self._require_room(column, len(prompt) + len(reference) - 1)  # nothing follows the last
+        ids = torch.tensor([[*prompt, *reference]], device=self.device)
+        whole = column in self._prompts or self._stateful  # their caches take a text in one piece
+        with self._lock:
+            loss = score(partial(self._logits, [column]), ids, len(prompt), DynamicCache(config=self._config), whole)
+        return Score(loss, len(reference))
+
+    def _require_room(self, column: str, tokens: int) -> None:
+        """Raise NbtuneError for an unknown column, or one that cannot read so many tokens and say the next."""
+        if column not in self.columns:
+            raise NbtuneError(f"There is no column {column!r}", f"There are: {', '.join(self.columns)}.")
+        room = self.room(column)
+        if tokens >= room:
+            raise NbtuneError(
+                "The conversation is longer than the model's context",
+                f"{column}: {tokens:,} tokens; {self.spec.name} reads {room:,}, answer included.",
+                "Shorten the prompt, or clear the conversation.",
+            )
+
+    def room(self, column: str) -> int:
         """How many tokens of text this column reads; a trained prompt before them takes some of the context."""
         config = self._prompts.get(column)
         return self.context_length - (config.num_virtual_tokens if config is not None else 0)
@@ -138,7 +167,7 @@ class Engine:
 
     def write(
         self, answers: Sequence[Answer], should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[Answer, Delta]]:
+    ) -> Generator[tuple[Answer, Delta], None, None]:
         """Each answer with its next token, a token of each after the other. Ends and waits as `stream` does."""
         waiting = True
         while waiting and not should_stop():
@@ -184,8 +213,12 @@ class Engine:
 
     def _forward(self, columns: list[str], **inputs: Any) -> torch.Tensor:
         """Logits of the next token of each row [B, V] in float32."""
+        return self._logits(columns, 1, **inputs)[:, -1].float()
+
+    def _logits(self, columns: list[str], last: int, **inputs: Any) -> torch.Tensor:
+        """Logits after the last tokens of each row [B, last, V]."""
         # Without this, reading a prompt of T tokens builds T x V logits to use one row of them.
-        keep: dict[str, Any] = {"logits_to_keep": 1} if self._keep_one_logit else {}
+        keep: dict[str, Any] = {"logits_to_keep": last} if self._keeps_last_logits else {}
         with torch.inference_mode():
             model = self._models.get(columns[0], self._models[BASE])
             if model is self._models[BASE] and self._adapters:
@@ -193,7 +226,7 @@ class Engine:
                     model.set_adapter([self._adapters[columns[0]]] if columns[0] in self._adapters else [])
                 else:
                     keep["adapter_names"] = [self._adapters.get(column, NO_ADAPTER) for column in columns]
-            return model(use_cache=True, **inputs, **keep).logits[:, -1].float()
+            return model(use_cache=True, **inputs, **keep).logits[:, -last:]
 
 
 def _with_adapters(base: Any, names: Mapping[str, str], folders: Mapping[str, str | Path]) -> Any:
