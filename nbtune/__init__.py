@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbtune.check import Problem, check
     from nbtune.compare.arena import arena
+    from nbtune.compare.promptset import evaluate
     from nbtune.compare.routing import router
     from nbtune.errors import NbtuneError
     from nbtune.export import export
@@ -57,6 +58,7 @@ _HOME = {
     "arena": "nbtune.compare.arena",
     "ask": "nbtune.infer.ask",
     "check": "nbtune.check",
+    "evaluate": "nbtune.compare.promptset",
     "export": "nbtune.export",
     "plan": "nbtune.plan",
     "router": "nbtune.compare.routing",
@@ -85,6 +87,7 @@ __all__ = [
     "arena",
     "ask",
     "check",
+    "evaluate",
     "export",
     "plan",
     "router",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from nbtune.cli_evaluate import evaluate
 from nbtune.cli_export import export
 from nbtune.cli_runs import runs_app
 from nbtune.cli_sweep import sweep
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Fine-tune language models from a living notebook.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.add_typer(runs_app, name="runs")
+app.command()(evaluate)
 app.command()(export)
 app.command()(sweep)
 console = Console()

@@ -72,7 +72,7 @@ class Arena:
         self.url: str | None = None  # none before launch and after close
         if router is not None:
             _check(router, lineup)
-        self.engine = Engine.of(lineup)
+        self.engine = Engine.of(lineup, on_status=_warn)
         self.columns = self.engine.columns
         self._ballot = Ballot(runs_dir, lineup.model.name, self.columns, on_warning=_warn)
         self._page = Page(self.engine, lineup.labels, self._ballot, _extras(self.engine, lineup, runs_dir, router))

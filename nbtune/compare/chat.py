@@ -128,10 +128,9 @@ class ChatTab:
         self.clear.click(self.end, **PRIVATE).then(self._clear, api_name="clear", **own)
         self.board.blind.click(self.end, **PRIVATE).then(self._toggle_blind, api_name="blind", **own)
         shown = [extra.shown for extra in self.extras]
+        showing: dict[str, Any] = own | {"inputs": [conversation, *shown]}
         for box in shown:
-            box.change(self.end, **PRIVATE).then(
-                self._show, api_visibility="private", **(own | {"inputs": [conversation, *shown]})
-            )
+            box.change(self.end, **PRIVATE).then(self._show, api_name=f"show_{box.elem_id}", **showing)
         for extra in self.extras:
             extra.wire(MODEL)
         voting: dict[str, Any] = {"inputs": [conversation, *inputs], "outputs": drawn, **MODEL}

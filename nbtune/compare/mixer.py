@@ -31,7 +31,7 @@ class Mixer:
         self.adapters = [name for name in base.adapters if not base.prompted(name)]
         with gr.Accordion("Mix the adapters", open=False, visible=bool(self.adapters), elem_id="nb-mixer"):
             with gr.Row():
-                self.shown = gr.Checkbox(False, label="Show the mix", info="As a column of its own.")
+                self.shown = gr.Checkbox(False, label="Show the mix", info="As a column of its own.", elem_id="mix")
                 self.kind = gr.Dropdown(
                     list(COMBINATION_TYPES), value="cat", label="combination_type", info="cat: the exact sum."
                 )

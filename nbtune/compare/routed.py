@@ -24,6 +24,7 @@ class Routed:
                 False,
                 label="Show the router's choice",
                 info="As a column of its own, which says who answers, with what score, and why.",
+                elem_id="router",
             )
         self.inputs: list[Any] = []
 

@@ -67,7 +67,7 @@ class Base:
         self.context_length: int = self.config.get_text_config().max_position_embeddings
         self.stop_tokens = stop_tokens(self.tokenizer, self.generation_config)
         self.stateful = bool(shape._is_stateful)  # padding would change its state
-        self._keeps_one_logit = "logits_to_keep" in inspect.signature(shape.forward).parameters
+        self._keeps_last_logits = "logits_to_keep" in inspect.signature(shape.forward).parameters
         configs = {column: PeftConfig.from_pretrained(adapter) for column, adapter in self.adapters.items()}
         self._prompts = {name: config for name, config in configs.items() if isinstance(config, PromptLearningConfig)}
         # Adapter names become module names, which may hold no dot; a column's name may.
@@ -130,14 +130,18 @@ class Base:
             ids, stops = prompt_tokens(messages, self.tokenizer), self.stop_tokens
         else:
             ids, stops = edited_tokens(template, messages, self.tokenizer, self.generation_config)
+        self.require_room(column, len(ids))
+        return ids, stops
+
+    def require_room(self, column: str, tokens: int) -> None:
+        """Raise NbtuneError where a column cannot read so many tokens and say the next."""
         room = self.room(column)
-        if len(ids) >= room:
+        if tokens >= room:
             raise NbtuneError(
                 "The conversation is longer than the model's context",
-                f"{column}: {len(ids):,} tokens; {self.spec.name} reads {room:,}, answer included.",
+                f"{column}: {tokens:,} tokens; {self.spec.name} reads {room:,}, answer included.",
                 "Shorten the prompt, or clear the conversation.",
             )
-        return ids, stops
 
     def room(self, column: str) -> int:
         """How many tokens of text this column reads; a trained prompt before them takes some of the context."""
@@ -159,8 +163,12 @@ class Base:
 
     def forward(self, columns: Sequence[str], **inputs: Any) -> torch.Tensor:
         """Logits of the next token of each row [B, V] in float32; its weights must be there."""
+        return self.logits(columns, 1, **inputs)[:, -1].float()
+
+    def logits(self, columns: Sequence[str], last: int, **inputs: Any) -> torch.Tensor:
+        """Logits after the last tokens of each row [B, last, V]; its weights must be there."""
         # Without this, reading a prompt of T tokens builds T x V logits to use one row of them.
-        how: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_one_logit else {}
+        how: dict[str, Any] = {"logits_to_keep": last} if self._keeps_last_logits else {}
         with torch.inference_mode(), casts_kept(self._casts):
             if self.adapters:
                 names = [self._names.get(column) or self._mixed.get(column, NO_ADAPTER) for column in columns]
@@ -168,10 +176,10 @@ class Base:
                     self._model.set_adapter([name for name in names[:1] if name != NO_ADAPTER])
                 else:
                     how["adapter_names"] = names
-            return self._model(use_cache=True, **inputs, **how).logits[:, -1].float()
+            return self._model(use_cache=True, **inputs, **how).logits[:, -last:]
 
     def hidden_states(self, ids: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What the model itself makes of a text [1, T], without adapters: [1, T, D] for the embedding and each layer."""
+        """What the model makes of a text [1, T] without adapters: [1, T, D] for the embedding and each layer."""
         with torch.inference_mode():
             if self.adapters:
                 self._model.set_adapter([])

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from nbtune.errors import NbtuneError
 from nbtune.infer.base import Base, Memory
 from nbtune.infer.batch import Answer, Batch, Delta, Finish, Limits, Stats
 from nbtune.infer.columns import BASE, Family
+from nbtune.infer.likelihood import Score, score
 from nbtune.infer.mix import Mix
 from nbtune.infer.sampling import Sampler, Sampling, SamplingDefaults
 from nbtune.infer.text import Message, TextStream
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from nbtune.infer.columns import Lineup
 
-__all__ = ["BUDGET", "Delta", "Engine", "Finish", "Stats"]
+__all__ = ["BUDGET", "Delta", "Engine", "Finish", "Score", "Stats"]
 
 BUDGET = 0.8  # of the memory that is free when the engine is made: what the weights of all models may take
 MIXES = 1000  # combinations of adapters that are known by name; how many are kept as weights is in base.py
@@ -170,16 +172,46 @@ class Engine:
         chat_template: str | None = None,
     ) -> Answer:
         """An answer that is to be written. Raises NbtuneError as `stream` does."""
+        prompt, stops = self.base_of(column).prompt(column, messages, chat_template)
+        return self._answer(column, prompt, stops, sampling, max_new_tokens, seed)
+
+    def continuation(
+        self, column: str, prompt: Sequence[int], sampling: Sampling, *, max_new_tokens: int, seed: int
+    ) -> Answer:
+        """As `answer`, to token ids."""
+        base = self.base_of(column)
+        base.require_room(column, len(prompt))
+        return self._answer(column, list(prompt), base.stop_tokens, sampling, max_new_tokens, seed)
+
+    def _answer(
+        self, column: str, prompt: list[int], stops: frozenset[int], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> Answer:
         if max_new_tokens < 1:
             raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
         base = self.base_of(column)
-        prompt, stops = base.prompt(column, messages, chat_template)
         limits = Limits(stops, max_new_tokens, base.room(column))
         return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(base.tokenizer), limits)
 
     def prompt(self, column: str, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
         """The token ids that this column would read. Raises NbtuneError as `stream` does."""
         return self.base_of(column).prompt(column, messages, chat_template)[0]
+
+    def score(self, column: str, prompt: Sequence[int], reference: Sequence[int]) -> Score:
+        """How likely this column finds the tokens `reference` after the tokens `prompt`, at least one of each.
+
+        Raises NbtuneError where there is none, the column is unknown, or both are longer than the context. Waits as
+        `stream` does; a long reference is read in pieces, so that its logits never are in memory at once.
+        """
+        if not prompt or not reference:
+            raise NbtuneError("There is nothing to score", f"{len(prompt)} and {len(reference)} tokens.")
+        base = self.base_of(column)
+        base.require_room(column, len(prompt) + len(reference) - 1)  # nothing follows the last
+        ids = torch.tensor([[*prompt, *reference]], device=self.device)
+        whole = base.prompted(column) or base.stateful  # their caches take a text in one piece
+        with self._lock:
+            self._prepare([column])
+            loss = score(partial(base.logits, [column]), ids, len(prompt), DynamicCache(config=base.config), whole)
+        return Score(loss, len(reference))
 
     def mix(self, mix: Mix) -> str:
         """The name of a column that answers with a combination of adapters. It is not among `columns`.
@@ -254,7 +286,7 @@ class Engine:
 
     def write(
         self, answers: Sequence[Answer], should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[Answer, Delta]]:
+    ) -> Generator[tuple[Answer, Delta], None, None]:
         """Each answer with its next token, a token of each after the other. Ends and waits as `stream` does.
 
         Those whose models do not fit into memory together are written one group after the other.
@@ -307,12 +339,16 @@ class Engine:
 
     def _forward(self, columns: list[str], **inputs: Any) -> torch.Tensor:
         """Logits of the next token of each row [B, V] in float32; all columns are of one base."""
+        return self._prepare(columns).forward(columns, **inputs)
+
+    def _prepare(self, columns: Sequence[str]) -> Base:
+        """The base of these columns, with their weights in memory."""
         base = self.base_of(columns[0])
         self.memory.bring(base)
         mixes = [self._mixes[column] for column in columns if column in self._mixes]
         if mixes:
             base.make(mixes)  # of those that others have taken the place of
-        return base.forward(columns, **inputs)
+        return base
 
 
 def _turns(batches: list[Batch]) -> Iterator[tuple[Answer, Delta]]:
