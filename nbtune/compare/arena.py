@@ -28,6 +28,7 @@ from nbtune.infer.engine import Engine
 from nbtune.infer.router import Router
 from nbtune.infer.similarity import Embedder
 from nbtune.models.trained import default_runs_dir
+from nbtune.spec import DataSpec, RunSpec
 
 HOST = "127.0.0.1"
 _open: Arena | None = None  # one arena a process: an abandoned one would keep its port and its model
@@ -75,7 +76,8 @@ class Arena:
         self.engine = Engine.of(lineup, on_status=_warn)
         self.columns = self.engine.columns
         self._ballot = Ballot(runs_dir, lineup.model.name, self.columns, on_warning=_warn)
-        self._page = Page(self.engine, lineup.labels, self._ballot, _extras(self.engine, lineup, runs_dir, router))
+        extras = _extras(self.engine, lineup, runs_dir, router)
+        self._page = Page(self.engine, lineup.labels, self._ballot, extras, _data(lineup))
         self._closed = threading.Event()
 
     def launch(self, port: int | None = None, inbrowser: bool = False) -> Arena:
@@ -149,6 +151,17 @@ def _extras(engine: Engine, lineup: Lineup, runs_dir: Path, router: Router | Non
     if own or router:
         extras.append(lambda: Routed(lambda: router or by_data()))
     return extras
+
+
+def _data(lineup: Lineup) -> dict[str, DataSpec]:
+    """What each run was trained on, by its name and the data's."""
+    found: dict[str, DataSpec] = {}
+    for column in lineup.columns:
+        spec = column.folder.parent / "spec.yaml"
+        if spec.is_file():
+            data = RunSpec.from_yaml(spec).data
+            found[f"{Path(data.source).name} ({column.name})"] = data
+    return found
 
 
 def _check(router: Router, lineup: Lineup) -> None:

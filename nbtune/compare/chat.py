@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -21,6 +19,7 @@ from nbtune.compare.board import Board, Changes
 from nbtune.compare.conversation import NO_FILES, Conversation, Question, Turn, answer
 from nbtune.compare.extra import Choice, Extra
 from nbtune.compare.settings import SettingsPanel
+from nbtune.compare.stops import Stops
 from nbtune.errors import NbtuneError
 from nbtune.infer.attachments import Context, fit, read
 
@@ -51,20 +50,16 @@ class ChatTab:
         ballot: Ballot,
         extras: Sequence[Callable[[], Extra]],
         chosen: gr.HTML,
+        stops: Stops,
     ) -> None:
         self.engine = engine
         self.ballot = ballot
-        self._stops: dict[str, threading.Event] = {}  # by session: set to end that session's answer
+        self.stops = stops
         self.board = Board(engine.columns, len(extras), labels, ballot)
         self._draw()
         self.extras = [extra() for extra in extras]
         self.settings.wire(chosen, self.board.chats, PRIVATE)
         self._wire()
-
-    def close(self) -> None:
-        """End every answer that is being written."""
-        for stop in tuple(self._stops.values()):
-            stop.set()
 
     def _draw(self) -> None:
         self.notice = gr.HTML(visible=False)
@@ -122,15 +117,15 @@ class ChatTab:
             **PRIVATE,
         )
 
-        self.stop.click(self.end, api_name="stop", queue=False, show_progress="hidden")
+        self.stop.click(self.stops.end, api_name="stop", queue=False, show_progress="hidden")
         # In the model's queue: a conversation is not changed under an answer that is still being written.
         own: dict[str, Any] = {"inputs": conversation, "outputs": drawn, **MODEL}
-        self.clear.click(self.end, **PRIVATE).then(self._clear, api_name="clear", **own)
-        self.board.blind.click(self.end, **PRIVATE).then(self._toggle_blind, api_name="blind", **own)
+        self.clear.click(self.stops.end, **PRIVATE).then(self._clear, api_name="clear", **own)
+        self.board.blind.click(self.stops.end, **PRIVATE).then(self._toggle_blind, api_name="blind", **own)
         shown = [extra.shown for extra in self.extras]
         showing: dict[str, Any] = own | {"inputs": [conversation, *shown]}
         for box in shown:
-            box.change(self.end, **PRIVATE).then(self._show, api_name=f"show_{box.elem_id}", **showing)
+            box.change(self.stops.end, **PRIVATE).then(self._show, api_name=f"show_{box.elem_id}", **showing)
         for extra in self.extras:
             extra.wire(MODEL)
         voting: dict[str, Any] = {"inputs": [conversation, *inputs], "outputs": drawn, **MODEL}
@@ -209,7 +204,7 @@ class ChatTab:
         tries = turn.tries + 1 if turn else 0
         settings = dataclasses.replace(settings, seed=settings.seed + tries)
         choices = self._choices(names, values[count:], question.text)
-        with self._answering(request) as should_stop:
+        with self.stops.listening(request) as should_stop:
             messages = {name: conversation.messages(name, settings, question, before) for name in names}
             columns = {name: choice.column for name, choice in choices.items()}
             views = answer(self.engine, messages, columns, settings, should_stop)
@@ -246,21 +241,6 @@ class ChatTab:
             self.send: gr.update(interactive=False),
             self.stop: gr.update(interactive=True),
         }
-
-    @contextmanager
-    def _answering(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
-        session = request.session_hash or ""
-        stop = self._stops[session] = threading.Event()
-        try:
-            yield stop.is_set
-        finally:
-            self._stops.pop(session, None)
-
-    def end(self, request: gr.Request) -> None:
-        """End the answers of this session."""
-        stop = self._stops.get(request.session_hash or "")
-        if stop is not None:
-            stop.set()
 
     def _told(self, changes: Iterator[Changes], refused: Callable[[], Changes] = dict) -> Iterator[Changes]:
         """The changes; an error becomes a notice. What the user typed stays in its box and is not lost."""
