@@ -275,7 +275,7 @@ def _trained_on(data: Data, lineup: Lineup) -> tuple[Data, list[str]]:
     trained = {name: RunSpec.from_yaml(file).data for name, file in specs.items() if file.is_file()}
     trained = {name: spec for name, spec in trained.items() if os.path.realpath(spec.source) == os.path.realpath(data)}
     if not trained:
-        return DataSpec(source=str(data), eval_fraction=0), []
+        return data, []
     first, split = next(iter(trained.items()))
     notes = [f"These are rows that {first} held out; --all-rows (all_rows=True) takes the others too."]
     notes += [f"{name} was trained with another split or recipe." for name, spec in trained.items() if spec != split]

@@ -466,9 +466,11 @@ def test_an_interrupt_keeps_what_is_done(tiny_run):
             raise KeyboardInterrupt
 
     data = [{"prompt": f"{n}?", "completion": str(n)} for n in range(24)]
-    results = evaluate(data, str(tiny_run), max_new_tokens=2, on_progress=interrupt)
+    file = tiny_run.parent / "other.jsonl"  # which nobody was trained on: all rows, and nothing to say of that
+    file.write_text("".join(json.dumps(row) + "\n" for row in data))
+    results = evaluate(file, str(tiny_run), max_new_tokens=2, on_progress=interrupt)
     assert 8 <= len(results.rows) < 24
-    assert results.notes[-1] == f"Stopped after {len(results.rows)} of 24 rows."
+    assert results.notes == (f"Stopped after {len(results.rows)} of 24 rows.",)
 
 
 def test_the_command_prints_the_measures_and_writes_the_file(tiny_run, tmp_path, monkeypatch, capsys):
