@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # What was made, with the tensors that it was made of, whose ids must not be used again.
 Casts = dict[Hashable, tuple[tuple[Tensor, ...], Tensor]]
@@ -49,6 +50,8 @@ def joined(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype, scales: Sequ
         scaled = tensors if scales is None else [scale * t for scale, t in zip(scales, tensors, strict=True)]
         return torch.cat([tensor.detach().to(dtype) for tensor in scaled], dim)
 
+    if not all(isinstance(tensor, Parameter) for tensor in tensors):  # made anew each time: it would pile up
+        return make()
     return kept((*map(id, tensors), dim, dtype, None if scales is None else tuple(scales)), tensors, make)
 
 
