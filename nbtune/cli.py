@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nbtune.cli_export import export
 from nbtune.cli_runs import runs_app
-from nbtune.cli_sweep import sweep
+from nbtune.cli_sweep import check_notebooks, sweep
 from nbtune.errors import NbtuneError
 from nbtune.presets import PRESETS
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(runs_app, name="runs")
 app.command()(export)
 app.command()(sweep)
+app.command("test-notebooks")(check_notebooks)
 console = Console()
 
 RunsDir = Annotated[

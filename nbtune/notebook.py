@@ -112,7 +112,10 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
     cell failed or the kernel died; the notebook with the error is in `output`.
     """
     values = dict(values or {})
-    check_parameters(path, values)
+    if values:
+        check_parameters(path, values)
+    elif not path.is_file():
+        raise NotebookError(f"There is no notebook {path}")
     if output.exists():
         raise NotebookError(f"{output} exists already", "", "Choose another name; nothing is overwritten.")
     output.parent.mkdir(parents=True, exist_ok=True)

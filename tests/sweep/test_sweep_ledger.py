@@ -106,7 +106,7 @@ def test_the_best_is_one_that_ended_well(tmp_path):
 
 
 def test_threads_and_gpus_are_dealt_out(monkeypatch):
-    monkeypatch.setattr("nbtune.sweep.local.cores", lambda: 8)
+    monkeypatch.setitem(shares.__globals__, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert shares(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(2, ["0", "1", "2"])] == ["0,2", "1"]
