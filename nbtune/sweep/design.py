@@ -114,14 +114,17 @@ class Design:
         return Preview(shown, jobs)
 
     def require(self, trials: int | None, runs_dir: Path) -> None:
-        """Raise NbtuneError where the first trial with some model and data would fail of what can be seen before."""
+        """Raise NbtuneError where a trial would fail of what can be seen before. Once for each model and data."""
         from nbtune.check import require
 
-        seen: set[tuple[str, str]] = set()
+        seen: set[str] = set()
         for point in self.points(trials) or self._corners():
             spec = self.spec(point)
-            if spec is not None and (pair := (spec.model.name, spec.data.source)) not in seen:
-                seen.add(pair)
+            if spec is None:
+                return
+            key = json.dumps([spec.model.model_dump(), spec.data.model_dump(), spec.training.max_length], default=str)
+            if key not in seen:
+                seen.add(key)
                 require(spec, runs_dir=runs_dir)
 
     @classmethod

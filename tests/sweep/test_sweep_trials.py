@@ -14,6 +14,7 @@ from toy import processes_of, write_toy
 
 import nbtune as nt
 from nbtune.errors import NbtuneError, SweepError
+from nbtune.shelf import in_trash
 from nbtune.sweep.ledger import Ledger
 from nbtune.sweep.local import cores
 
@@ -58,7 +59,7 @@ def killed(toy, tmp_path_factory):
         return [trial.state for trial in Ledger(out).trials().values()]
 
     eventually(lambda: states() == ["finished", "failed", "running", "waiting"], "two ended and one running")
-    eventually((out / "003.ipynb").exists, "a notebook of the third")
+    eventually(lambda: list(out.glob("runs/003-*/events.jsonl")), "a run of the third")
     assert nt.Sweep.open(out).status == "running"
     with pytest.raises(SweepError, match="running already"):
         nt.sweep(toy, space, params={"loss": 1.5}, out=out, tracking=UNTRACKED)
@@ -94,6 +95,13 @@ def test_the_notebook_of_the_interrupted_attempt_is_kept_aside(killed):
     path = killed[0].path
     assert (path / "003.attempt-1.ipynb").exists()
     assert nbformat.read(path / "003.ipynb", 4).metadata.papermill.exception is None
+
+
+def test_the_run_of_the_interrupted_attempt_is_in_the_trash(killed):
+    path = killed[0].path
+    assert [run.id for run in reversed(nt.runs(path / "runs"))] == [killed[0].trial(n).run_id for n in (1, 3)]
+    (thrown,) = in_trash(path / "runs")
+    assert thrown.name.startswith("003-")
 
 
 def test_a_trial_fails_alone_and_its_notebook_tells_why(killed):
@@ -179,6 +187,15 @@ def test_a_kernel_that_dies_and_a_notebook_that_makes_no_run(toy, tmp_path):
     assert (died.state, empty.state, waiting.state) == ("died", "failed", "waiting")
     assert "out of memory" in died.error
     assert "The kernel died here" in died.notebook.read_text()
+
+
+def test_no_trial_starts_when_the_hours_are_spent(toy, tmp_path):
+    call = {"notebook": toy, "space": {"loss": [1.0, 2.0]}, "out": tmp_path / "s", "tracking": UNTRACKED}
+    sweep = nt.sweep(**call, hours=1e-9).wait(PATIENCE)
+    assert (sweep.status, [trial.state for trial in sweep.trials]) == ("stopped", ["waiting", "waiting"])
+    assert nt.sweep(**call, start=False).status == "stopped"
+    again = nt.sweep(**call, trials=1, start=False)  # the budget is no part of what a sweep is
+    assert "1 trial, 1 at a time" in str(again.preview)
 
 
 def test_what_cannot_run_writes_nothing(toy, tmp_path):
