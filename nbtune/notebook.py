@@ -85,9 +85,12 @@ def _literal(expression: ast.expr) -> Any:
         return None
 
 
-def check_parameters(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise NotebookError where the notebook at `path` does not take these `values`."""
-    known = parameters(path)
+def check_parameters(path: Path, values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Raise NotebookError where the notebook at `path` does not take these `values`.
+
+    `known` is what `parameters` says of it; None asks.
+    """
+    known = parameters(path) if known is None else known
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)

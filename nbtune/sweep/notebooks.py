@@ -90,7 +90,7 @@ def known_parameters(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any
         of_runs = set(short_names(RunSpec()).values())
         rest = {name: value for name, value in values.items() if name in of_runs and name not in defaults}
         passed |= {REST: {**defaults[REST], **rest}} if rest else {}
-    check_parameters(notebook, passed)
+    check_parameters(notebook, passed, defaults)
     return passed
 
 

@@ -155,6 +155,7 @@ class Scheduler:
         for point in self._wishes.take_added():
             self._add(point)
         while True:
+            self._drop_stopped()
             trials = self._trials()
             waiting = next((trial for trial in trials.values() if trial.state == "waiting"), None)
             if waiting is not None or not self._design.adaptive or len(trials) >= (self._budget.trials or 0):
@@ -164,6 +165,13 @@ class Scheduler:
             if point is None:
                 return None
             self._add(point)  # it may be refused; then the next one
+
+    def _drop_stopped(self) -> None:
+        """What somebody stopped while it waited is not started."""
+        for trial in self._trials().values():
+            if trial.state == "waiting" and trial.number in self._wishes.stopped:
+                nothing = {"run_id": None, "metrics": {}, "error": None, "seconds": None}
+                self._ledger.append("end", trial=trial.number, state="stopped", **nothing)
 
     # One trial
 

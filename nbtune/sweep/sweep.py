@@ -33,7 +33,7 @@ from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecaster, Preview
 from nbtune.sweep.scheduler import Budget, Scheduler
 from nbtune.sweep.space import Space
-from nbtune.sweep.trial import Trial, best, find
+from nbtune.sweep.trial import UNSUCCESSFUL, Trial, best, find
 from nbtune.sweep.wishes import Wishes
 from nbtune.train.control import leave_wish
 from nbtune.train.events import Event
@@ -203,12 +203,17 @@ class Sweep:
         """Raise NbtuneError where the sweep cannot be started: what its trials would fail of, another in its folder."""
         LocalExecutor(self.jobs, self.path, self._gpus or [])
         self._require_own_folder()
-        if self.status != "finished":
+        if self.status != "finished" or self._has_more():
             self.design.require(self._budget.trials, self.path / "runs")
             self.preview  # noqa: B018 - raises where no trial fits
 
     def start(self) -> Sweep:
-        """Do what is left, in a daemon thread of this process. Raises SweepError where a process does so already."""
+        """Do what is left, in a daemon thread of this process; nothing where nothing is.
+
+        Raises SweepError where a process does so already.
+        """
+        if self.status == "finished" and not self._has_more():
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", thread_local=False)
         try:
@@ -287,10 +292,22 @@ class Sweep:
                 halving=self._halving,
                 tracking=self._tracking,
             ).live()
+        except OSError as error:
+            self._exception = SweepError(f"{self.id} could not go on", str(error), "Mend that; the same call goes on.")
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by wait()
             self._exception = error
         finally:
             lock.release()
+
+    def _has_more(self) -> bool:
+        """Whether there are trials to do of a sweep whose trials have all ended: a larger budget, added points."""
+        trials, budget = self.trials, self._budget
+        if self._wishes.has_added() or (budget.retry and any(trial.state in UNSUCCESSFUL for trial in trials)):
+            return True
+        if self.design.adaptive:
+            return len(trials) < (budget.trials or 0)
+        known = [trial.params for trial in trials]
+        return any(point not in known for point in self.design.points(budget.trials))
 
     def _settle(self) -> None:
         """Write down what the sweep is, once; from then on it executes its own copy of the notebook."""
