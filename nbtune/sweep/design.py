@@ -14,7 +14,7 @@ from nbtune.spec import RunSpec
 from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecast, Forecaster, Preview
 from nbtune.sweep.search import SAMPLERS, OptunaSearch
-from nbtune.sweep.space import Point, Range, Space, check_space, draw, grid
+from nbtune.sweep.space import Point, Range, Space, check_space, contains, draw, grid
 from nbtune.sweep.trial import METRICS
 
 
@@ -87,7 +87,7 @@ class Design:
 
     def next_point(self, tried: list[tuple[Point, float | None]]) -> Point | None:
         """The next point of an adaptive sampler, or the same once more; None where there is none."""
-        bare = [({name: point[name] for name in self.space}, value) for point, value in tried]
+        bare = [({n: point[n] for n in self.space}, value) for point, value in tried if contains(self.space, point)]
         if bare:
             last = bare[-1][0]
             done = sum(point == last for point, _ in bare)

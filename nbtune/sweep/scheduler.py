@@ -104,18 +104,13 @@ class Scheduler:
             self._record(ended)
         for number in list(self._running):
             self._look(self._trials()[number])
-        if self._wishes.stop_all:
-            return bool(self._running)
-        if out_of_time:
-            return bool(self._running)
-        while self._executor.free and (trial := self._next()) is not None:
-            self._start(trial)
+        if not (self._wishes.stop_all or out_of_time):
+            while self._executor.free and (trial := self._next()) is not None:
+                self._start(trial)
         return bool(self._running)
 
     def _trials(self) -> dict[int, Trial]:
         return self._ledger.trials()
-
-    # What is tried
 
     def _plan_points(self) -> None:
         """Into the ledger with the points that are known beforehand; with what was unsuccessful, if that is wanted."""
@@ -172,8 +167,6 @@ class Scheduler:
             if trial.state == "waiting" and trial.number in self._wishes.stopped:
                 nothing = {"run_id": None, "metrics": {}, "error": None, "seconds": None}
                 self._ledger.append("end", trial=trial.number, state="stopped", **nothing)
-
-    # One trial
 
     def _start(self, trial: Trial) -> None:
         trial = dataclasses.replace(trial, attempt=trial.attempt + 1)
@@ -281,8 +274,6 @@ class Scheduler:
         from nbtune.sweep.worker import mark
 
         mark(trial.notebook, text)
-
-    # What is left behind
 
     def _end_survivors(self) -> None:
         """End the processes of a sweep that was killed; they do so by themselves, but may need a moment."""

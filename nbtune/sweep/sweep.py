@@ -33,7 +33,7 @@ from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecaster, Preview
 from nbtune.sweep.scheduler import Budget, Scheduler
 from nbtune.sweep.space import Space
-from nbtune.sweep.trial import UNSUCCESSFUL, Trial, best, find
+from nbtune.sweep.trial import UNSUCCESSFUL, Trial, best, find, interrupted
 from nbtune.sweep.wishes import Wishes
 from nbtune.train.control import leave_wish
 from nbtune.train.events import Event
@@ -156,10 +156,14 @@ class Sweep:
     @property
     def trials(self) -> list[Trial]:
         """All trials as they stand now, by number."""
-        return list(self._ledger.trials().values())
+        return list(self._by_number().values())
 
     def trial(self, number: int) -> Trial:
-        return find(self._ledger.trials(), number)
+        return find(self._by_number(), number)
+
+    def _by_number(self) -> dict[int, Trial]:
+        trials = self._ledger.trials()
+        return trials if self._is_alive() else interrupted(trials)
 
     @property
     def best(self) -> Trial | None:
@@ -177,16 +181,14 @@ class Sweep:
 
     @property
     def status(self) -> Status:
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_alive():
             return "running"
         if self._exception is not None:
             return "failed"
         events = self.events()
         if not events:
             return "created"
-        if self._is_locked():  # by another process
-            return "running"
-        if any(trial.state in ("waiting", "running") for trial in self.trials):
+        if any(trial.state == "waiting" for trial in self.trials):
             return "stopped" if events[-1]["type"] == "close" else "interrupted"
         return "finished"
 
@@ -217,7 +219,7 @@ class Sweep:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # whoever looks whether it runs holds it for a moment
         except Timeout as error:
             raise SweepError(f"{self.id} is running already", str(self.path), "Stop it, or wait for it.") from error
         try:
@@ -241,7 +243,7 @@ class Sweep:
         if trial is None:
             self._wishes.stop() if alive else leave_wish(self.path, "stop")
             return
-        found = find(self._ledger.trials(), trial)
+        found = find(self._by_number(), trial)
         if alive:
             self._wishes.stopped.add(found.number)
         elif found.run is not None:
@@ -341,7 +343,10 @@ class Sweep:
         gpus = len(visible_gpus() if self._gpus is None else self._gpus) if default_device().type == "cuda" else 1
         return available_memory(default_device()) // -(-self.jobs // gpus)
 
-    def _is_locked(self) -> bool:
+    def _is_alive(self) -> bool:
+        """Whether a thread of this process or another process is at it."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
         if not (self.path / FILE).exists():
             return False
         try:

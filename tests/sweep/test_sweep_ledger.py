@@ -55,6 +55,7 @@ def test_what_ran_when_the_sweep_was_killed_waits_for_another_attempt(tmp_path):
     ]
     assert fold(tmp_path, begun)[1].state == "running"
     assert fold(tmp_path, [*begun, {"type": "open"}])[1].state == "waiting"
+    assert fold(tmp_path, [*begun, {"type": "close"}])[1].state == "waiting"
     again = fold(tmp_path, [*begun, {"type": "open"}, {"type": "start", "trial": 1, "attempt": 2}])[1]
     assert (again.state, again.attempt, again.run_prefix) == ("running", 2, "001.2")
 

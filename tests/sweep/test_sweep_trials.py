@@ -168,10 +168,17 @@ def test_trials_are_stopped_by_a_person_and_by_their_losses(toy, tmp_path):
 
 
 def test_a_trial_that_takes_too_long_is_ended_with_all_its_processes(toy, tmp_path):
-    """Of a search, whose trials are chosen one after the other."""
-    sweep = nt.sweep(toy, {"seed": nt.Range(1, 9)}, params={"do": "hang"}, sampler="tpe", trials=1, out=tmp_path / "s",
-                     tracking=UNTRACKED, timeout=4).wait(PATIENCE)  # fmt: skip
-    assert sweep.status == "finished"
+    """Of a search, whose trials are chosen one after the other; before that it is interrupted."""
+    call = {"notebook": toy, "space": {"seed": nt.Range(1, 9)}, "params": {"do": "hang"}, "sampler": "tpe", "trials": 1,
+            "out": tmp_path / "s", "tracking": UNTRACKED}  # fmt: skip
+    sweep = nt.sweep(**call)
+    eventually(lambda: sweep.trials and sweep.trial(1).state == "running", "running")
+    sweep.interrupt()
+    assert sweep.wait(PATIENCE).status == "stopped"
+    assert sweep.trial(1).state == "waiting"
+    assert not processes_of(sweep.path)
+    sweep = nt.sweep(**call, timeout=4).wait(PATIENCE)
+    assert (sweep.status, sweep.trial(1).attempt) == ("finished", 2)
     assert 1 <= sweep.trial(1).params["seed"] <= 9
     assert (sweep.trial(1).state, sweep.trial(1).error) == ("timed out", "It took more than 4 s.")
     assert not processes_of(sweep.path)
