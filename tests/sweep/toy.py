@@ -8,7 +8,7 @@ import psutil
 PARAMETERS = """
 loss = 1.0
 steps = 3  # of a twentieth of a second each
-do = "train"  # or "raise", "kill", "hang", "nothing"
+do = "train"  # or "kill", "hang", "nothing"
 wait_for = ""  # a file, until which it hangs after its first step
 seed = 0
 """
@@ -25,9 +25,6 @@ def wait():
     while do == "hang" or (wait_for and not Path(wait_for).exists()):
         time.sleep(0.05)
 
-if do == "raise":
-    wait()
-    raise ValueError("made to crash")
 if do == "kill":
     os.kill(os.getpid(), 9)
 if do == "hang":
