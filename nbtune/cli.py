@@ -14,7 +14,7 @@ from rich.console import Console
 from nbtune.cli_evaluate import evaluate
 from nbtune.cli_export import export
 from nbtune.cli_runs import runs_app
-from nbtune.cli_sweep import sweep
+from nbtune.cli_sweep import check_notebooks, sweep
 from nbtune.errors import NbtuneError
 from nbtune.presets import PRESETS
 
@@ -28,6 +28,7 @@ app.add_typer(runs_app, name="runs")
 app.command()(evaluate)
 app.command()(export)
 app.command()(sweep)
+app.command("test-notebooks")(check_notebooks)
 console = Console()
 
 RunsDir = Annotated[

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from nbtune.errors import SweepError
 
@@ -73,6 +76,39 @@ def sweep(
         console.print(f"Best: trial {made.best.number}, {made.path / 'best'}", highlight=False, soft_wrap=True)
     if made.status != "finished":
         console.print("The same command goes on with it.")
+        raise typer.Exit(1)
+
+
+def check_notebooks(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR_OR_NOTEBOOK...", help="Executed in this order.")],
+    param: Annotated[
+        list[str] | None, typer.Option("--param", help="For each notebook that knows it; max_steps=2 if not given.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one notebook.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="Keep the executed notebooks and their runs here.")] = None,
+) -> None:
+    """Execute notebooks with few steps, and report like pytest: a line each, and exit status 1 if one failed."""
+    from nbtune.sweep.notebooks import find_notebooks, run_notebooks
+
+    values = {"max_steps": 2, **dict(map(_value, param or []))}
+    found = find_notebooks(paths)
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise SweepError(f"{out} is not empty", "", "Name a new folder.")
+    with nullcontext(out) if out is not None else TemporaryDirectory(prefix="nbtune-") as folder:
+        failures, seconds = [], 0.0
+        for number, result in enumerate(run_notebooks(found, values, Path(folder), timeout=timeout), 1):
+            seconds += result.seconds
+            verdict = "[green]PASSED[/]" if result.outcome == "finished" else "[red]FAILED[/]"
+            share = f"\\[{100 * number // len(found):3d}%]"
+            console.print(f"{escape(str(result.path))} {verdict} {share} {result.seconds:.1f}s", soft_wrap=True)
+            failures += [result] if result.outcome != "finished" else []
+    for failure in failures:
+        console.rule(f"{failure.path} {failure.outcome}", style="red")
+        console.print(failure.error, markup=False, soft_wrap=True)
+    passed = len(found) - len(failures)
+    counts = [f"{len(failures)} failed"] * bool(failures) + [f"{passed} passed"] * bool(passed)
+    console.rule(f"{', '.join(counts)} in {seconds:.1f}s", style="red" if failures else "green")
+    if failures:
         raise typer.Exit(1)
 
 

@@ -85,9 +85,12 @@ def _literal(expression: ast.expr) -> Any:
         return None
 
 
-def check_parameters(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise NotebookError where the notebook at `path` does not take these `values`."""
-    known = parameters(path)
+def check_parameters(path: Path, values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Raise NotebookError where the notebook at `path` does not take these `values`.
+
+    `known` is what `parameters` says of it; None asks.
+    """
+    known = parameters(path) if known is None else known
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
@@ -112,7 +115,10 @@ def execute(path: Path, output: Path, values: Mapping[str, Any] | None = None, *
     cell failed or the kernel died; the notebook with the error is in `output`.
     """
     values = dict(values or {})
-    check_parameters(path, values)
+    if values:
+        check_parameters(path, values)
+    elif not path.is_file():
+        raise NotebookError(f"There is no notebook {path}")
     if output.exists():
         raise NotebookError(f"{output} exists already", "", "Choose another name; nothing is overwritten.")
     output.parent.mkdir(parents=True, exist_ok=True)

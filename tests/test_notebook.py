@@ -1,5 +1,7 @@
 """Notebooks as functions: parameters are checked before anything runs, failures are kept and told."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 
@@ -56,6 +58,17 @@ def test_parameters_arrive_and_a_failure_is_kept_in_the_output(tmp_path):
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     printed = [output["text"] for cell in cells for output in cell.get("outputs", []) if output.get("name") == "stdout"]
     assert printed == ["r is 3\n"]
+
+
+def test_two_notebooks_in_one_folder_do_not_share_their_sockets(tmp_path):
+    where = "from ipykernel import get_connection_info\nprint(get_connection_info(unpack=True)['ip'])"
+    path = notebook(tmp_path / "a.ipynb", "r = 8", where)
+    execute(path, tmp_path / "out.ipynb", {"r": 3}, cwd=tmp_path)
+    (printed,) = [output["text"].strip() for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+                  for output in cell.get("outputs", [])]  # fmt: skip
+    assert Path(printed).is_absolute()
+    assert not Path(printed).is_relative_to(tmp_path)
+    assert not Path(printed).parent.exists()  # gone with the kernel
 
 
 def test_a_kernel_that_dies_is_said_to_have_died(tmp_path):

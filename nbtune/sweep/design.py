@@ -14,7 +14,7 @@ from nbtune.spec import RunSpec
 from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecast, Forecaster, Preview
 from nbtune.sweep.search import SAMPLERS, OptunaSearch
-from nbtune.sweep.space import Point, Range, Space, check_space, draw, grid
+from nbtune.sweep.space import Point, Range, Space, check_space, contains, draw, grid
 from nbtune.sweep.trial import METRICS
 
 
@@ -87,7 +87,7 @@ class Design:
 
     def next_point(self, tried: list[tuple[Point, float | None]]) -> Point | None:
         """The next point of an adaptive sampler, or the same once more; None where there is none."""
-        bare = [({name: point[name] for name in self.space}, value) for point, value in tried]
+        bare = [({n: point[n] for n in self.space}, value) for point, value in tried if contains(self.space, point)]
         if bare:
             last = bare[-1][0]
             done = sum(point == last for point, _ in bare)
@@ -114,14 +114,17 @@ class Design:
         return Preview(shown, jobs)
 
     def require(self, trials: int | None, runs_dir: Path) -> None:
-        """Raise NbtuneError where the first trial with some model and data would fail of what can be seen before."""
+        """Raise NbtuneError where a trial would fail of what can be seen before. Once for each model and data."""
         from nbtune.check import require
 
-        seen: set[tuple[str, str]] = set()
+        seen: set[str] = set()
         for point in self.points(trials) or self._corners():
             spec = self.spec(point)
-            if spec is not None and (pair := (spec.model.name, spec.data.source)) not in seen:
-                seen.add(pair)
+            if spec is None:
+                return
+            key = json.dumps([spec.model.model_dump(), spec.data.model_dump(), spec.training.max_length], default=str)
+            if key not in seen:
+                seen.add(key)
                 require(spec, runs_dir=runs_dir)
 
     @classmethod

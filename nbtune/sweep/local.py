@@ -13,7 +13,7 @@ import psutil
 
 from nbtune.errors import SweepError
 from nbtune.sweep.job import Ended, Job, result_file
-from nbtune.sweep.processes import kill_family
+from nbtune.sweep.processes import WAIT_SECONDS, kill_family
 
 # Of the notebook that a sweep is started from, which is not the one that a trial executes.
 FOREIGN = ("JPY_SESSION_NAME", "JPY_PARENT_PID")
@@ -63,7 +63,9 @@ class LocalExecutor:
         return [self._conclude(name) for name in done]
 
     def kill(self, name: str) -> None:
-        kill_family(self._running[name][1].pid)
+        process = self._running[name][1]
+        kill_family(process.pid)
+        process.wait(WAIT_SECONDS)
 
     def close(self) -> None:
         for name in list(self._running):

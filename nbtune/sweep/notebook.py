@@ -62,7 +62,7 @@ class SweepNotebook:
                 rest[name] = value
         if rest:
             passed[REST] = {**self.defaults[REST], **passed.get(REST, {}), **rest}
-        check_parameters(self.path, passed)
+        check_parameters(self.path, passed, self.defaults)
         return passed
 
     def parameter(self, name: str) -> str | None:
@@ -73,7 +73,7 @@ class SweepNotebook:
         short = short_names(RunSpec()).get(name, name)
         found = next((known for known in (name, short, short.replace(".", "_")) if known in self.defaults), None)
         if found is None and not (self.is_of_a_run and isinstance(self.defaults.get(REST), dict)):
-            check_parameters(self.path, {name: None})  # raises, and names what is near
+            check_parameters(self.path, {name: None}, self.defaults)  # raises, and names what is near
         return found
 
     def spec(self, passed: Mapping[str, Any]) -> RunSpec | None:

@@ -63,7 +63,8 @@ class Preview:
 
     def sentence(self) -> str:
         refused = sum(bool(forecast.refused) for _, forecast in self.trials)
-        parts = [f"{len(self.trials) - refused + self.to_come} trials, {self.jobs} at a time"]
+        count = len(self.trials) - refused + self.to_come
+        parts = [f"{count} {'trial' if count == 1 else 'trials'}, {self.jobs} at a time"]
         if self.to_come:
             parts.append(f"{self.to_come} of them chosen as results come in")
         if refused:

@@ -104,18 +104,13 @@ class Scheduler:
             self._record(ended)
         for number in list(self._running):
             self._look(self._trials()[number])
-        if self._wishes.stop_all:
-            return bool(self._running)
-        if out_of_time:
-            return bool(self._running)
-        while self._executor.free and (trial := self._next()) is not None:
-            self._start(trial)
+        if not (self._wishes.stop_all or out_of_time):
+            while self._executor.free and (trial := self._next()) is not None:
+                self._start(trial)
         return bool(self._running)
 
     def _trials(self) -> dict[int, Trial]:
         return self._ledger.trials()
-
-    # What is tried
 
     def _plan_points(self) -> None:
         """Into the ledger with the points that are known beforehand; with what was unsuccessful, if that is wanted."""
@@ -155,6 +150,7 @@ class Scheduler:
         for point in self._wishes.take_added():
             self._add(point)
         while True:
+            self._drop_stopped()
             trials = self._trials()
             waiting = next((trial for trial in trials.values() if trial.state == "waiting"), None)
             if waiting is not None or not self._design.adaptive or len(trials) >= (self._budget.trials or 0):
@@ -165,7 +161,12 @@ class Scheduler:
                 return None
             self._add(point)  # it may be refused; then the next one
 
-    # One trial
+    def _drop_stopped(self) -> None:
+        """What somebody stopped while it waited is not started."""
+        for trial in self._trials().values():
+            if trial.state == "waiting" and trial.number in self._wishes.stopped:
+                nothing = {"run_id": None, "metrics": {}, "error": None, "seconds": None}
+                self._ledger.append("end", trial=trial.number, state="stopped", **nothing)
 
     def _start(self, trial: Trial) -> None:
         trial = dataclasses.replace(trial, attempt=trial.attempt + 1)
@@ -273,8 +274,6 @@ class Scheduler:
         from nbtune.sweep.worker import mark
 
         mark(trial.notebook, text)
-
-    # What is left behind
 
     def _end_survivors(self) -> None:
         """End the processes of a sweep that was killed; they do so by themselves, but may need a moment."""

@@ -89,6 +89,15 @@ def check_space(space: Space) -> None:
             raise SweepError(f"{name} has a value twice", str(values), "Use `repeats` to run the same again.")
 
 
+def contains(space: Space, point: Point) -> bool:
+    """Whether a point, which may have been added by hand, has a value of the space for each of its names."""
+    return all(
+        name in point
+        and (values.low <= point[name] <= values.high if isinstance(values, Range) else point[name] in values)
+        for name, values in space.items()
+    )
+
+
 def grid(space: Space) -> list[Point]:
     """Every combination; the last name varies fastest. Raises SweepError for a range without `n`."""
     axes = [values.values() if isinstance(values, Range) else values for values in space.values()]

@@ -33,7 +33,7 @@ from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecaster, Preview
 from nbtune.sweep.scheduler import Budget, Scheduler
 from nbtune.sweep.space import Space
-from nbtune.sweep.trial import Trial, best, find
+from nbtune.sweep.trial import UNSUCCESSFUL, Trial, best, find, interrupted
 from nbtune.sweep.wishes import Wishes
 from nbtune.train.control import leave_wish
 from nbtune.train.events import Event
@@ -156,10 +156,14 @@ class Sweep:
     @property
     def trials(self) -> list[Trial]:
         """All trials as they stand now, by number."""
-        return list(self._ledger.trials().values())
+        return list(self._by_number().values())
 
     def trial(self, number: int) -> Trial:
-        return find(self._ledger.trials(), number)
+        return find(self._by_number(), number)
+
+    def _by_number(self) -> dict[int, Trial]:
+        trials = self._ledger.trials()
+        return trials if self._is_alive() else interrupted(trials)
 
     @property
     def best(self) -> Trial | None:
@@ -177,16 +181,14 @@ class Sweep:
 
     @property
     def status(self) -> Status:
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_alive():
             return "running"
         if self._exception is not None:
             return "failed"
         events = self.events()
         if not events:
             return "created"
-        if self._is_locked():  # by another process
-            return "running"
-        if any(trial.state in ("waiting", "running") for trial in self.trials):
+        if any(trial.state == "waiting" for trial in self.trials):
             return "stopped" if events[-1]["type"] == "close" else "interrupted"
         return "finished"
 
@@ -203,16 +205,21 @@ class Sweep:
         """Raise NbtuneError where the sweep cannot be started: what its trials would fail of, another in its folder."""
         LocalExecutor(self.jobs, self.path, self._gpus or [])
         self._require_own_folder()
-        if self.status != "finished":
+        if self.status != "finished" or self._has_more():
             self.design.require(self._budget.trials, self.path / "runs")
             self.preview  # noqa: B018 - raises where no trial fits
 
     def start(self) -> Sweep:
-        """Do what is left, in a daemon thread of this process. Raises SweepError where a process does so already."""
+        """Do what is left, in a daemon thread of this process; nothing where nothing is.
+
+        Raises SweepError where a process does so already.
+        """
+        if self.status == "finished" and not self._has_more():
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # whoever looks whether it runs holds it for a moment
         except Timeout as error:
             raise SweepError(f"{self.id} is running already", str(self.path), "Stop it, or wait for it.") from error
         try:
@@ -236,7 +243,7 @@ class Sweep:
         if trial is None:
             self._wishes.stop() if alive else leave_wish(self.path, "stop")
             return
-        found = find(self._ledger.trials(), trial)
+        found = find(self._by_number(), trial)
         if alive:
             self._wishes.stopped.add(found.number)
         elif found.run is not None:
@@ -287,10 +294,22 @@ class Sweep:
                 halving=self._halving,
                 tracking=self._tracking,
             ).live()
+        except OSError as error:
+            self._exception = SweepError(f"{self.id} could not go on", str(error), "Mend that; the same call goes on.")
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by wait()
             self._exception = error
         finally:
             lock.release()
+
+    def _has_more(self) -> bool:
+        """Whether there are trials to do of a sweep whose trials have all ended: a larger budget, added points."""
+        trials, budget = self.trials, self._budget
+        if self._wishes.has_added() or (budget.retry and any(trial.state in UNSUCCESSFUL for trial in trials)):
+            return True
+        if self.design.adaptive:
+            return len(trials) < (budget.trials or 0)
+        known = [trial.params for trial in trials]
+        return any(point not in known for point in self.design.points(budget.trials))
 
     def _settle(self) -> None:
         """Write down what the sweep is, once; from then on it executes its own copy of the notebook."""
@@ -324,7 +343,10 @@ class Sweep:
         gpus = len(visible_gpus() if self._gpus is None else self._gpus) if default_device().type == "cuda" else 1
         return available_memory(default_device()) // -(-self.jobs // gpus)
 
-    def _is_locked(self) -> bool:
+    def _is_alive(self) -> bool:
+        """Whether a thread of this process or another process is at it."""
+        if self._thread is not None and self._thread.is_alive():
+            return True
         if not (self.path / FILE).exists():
             return False
         try:

@@ -83,10 +83,8 @@ def fold(sweep: Path, events: Iterable[Event]) -> dict[int, Trial]:
     """
     trials: dict[int, Trial] = {}
     for event in events:
-        if event["type"] == "open":
-            for trial in list(trials.values()):
-                if trial.state == "running":
-                    trials[trial.number] = dataclasses.replace(trial, state="waiting")
+        if event["type"] in ("open", "close"):
+            trials = interrupted(trials)
         if "trial" not in event:
             continue
         number = event["trial"]
@@ -109,6 +107,14 @@ def fold(sweep: Path, events: Iterable[Event]) -> dict[int, Trial]:
             kept = {name: event[name] for name in ("state", "run_id", "metrics", "error", "seconds")}
             trials[number] = dataclasses.replace(trials[number], **kept)
     return trials
+
+
+def interrupted(trials: dict[int, Trial]) -> dict[int, Trial]:
+    """The trials after the end of their sweep's process: what was running waits for another attempt."""
+    return {
+        number: dataclasses.replace(trial, state="waiting") if trial.state == "running" else trial
+        for number, trial in trials.items()
+    }
 
 
 def best(trials: Iterable[Trial], metric: str, *, maximise: bool) -> Trial | None:

@@ -42,6 +42,10 @@ class Wishes:
             if message not in self._warnings:
                 self._warnings.append(message)
 
+    def has_added(self) -> bool:
+        with self._lock:
+            return bool(self._added)
+
     def take_added(self) -> list[Point]:
         with self._lock:
             added, self._added = self._added, []

@@ -127,6 +127,12 @@ def test_a_search_repeats_a_point_before_it_looks_for_the_next():
     assert other == {"r": 12 - first["r"], "seed": 0}
 
 
+def test_a_search_does_not_learn_from_points_outside_its_space():
+    found = design({"r": [4, 8]}, sampler="tpe")
+    strange = [({"learning_rate": 1e-3}, 1.0), ({"r": 16}, 0.5), ({"r": 4}, 2.0)]
+    assert found.next_point(strange) == {"r": 8}
+
+
 def test_the_preview_foretells_time_and_memory_and_leaves_out_what_is_the_same(params):
     seen = design({"method": ["lora", "ia3"], "r": [4, 8]}, params).preview(Forecaster(None), trials=None, jobs=2)
     forecasts = [forecast for _, forecast in seen.trials]

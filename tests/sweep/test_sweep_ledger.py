@@ -55,6 +55,7 @@ def test_what_ran_when_the_sweep_was_killed_waits_for_another_attempt(tmp_path):
     ]
     assert fold(tmp_path, begun)[1].state == "running"
     assert fold(tmp_path, [*begun, {"type": "open"}])[1].state == "waiting"
+    assert fold(tmp_path, [*begun, {"type": "close"}])[1].state == "waiting"
     again = fold(tmp_path, [*begun, {"type": "open"}, {"type": "start", "trial": 1, "attempt": 2}])[1]
     assert (again.state, again.attempt, again.run_prefix) == ("running", 2, "001.2")
 
@@ -106,7 +107,7 @@ def test_the_best_is_one_that_ended_well(tmp_path):
 
 
 def test_threads_and_gpus_are_dealt_out(monkeypatch):
-    monkeypatch.setattr("nbtune.sweep.local.cores", lambda: 8)
+    monkeypatch.setitem(shares.__globals__, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert shares(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(2, ["0", "1", "2"])] == ["0,2", "1"]

@@ -2,14 +2,16 @@
 
 import csv
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from mlflow import MlflowClient
 from toy import processes_of
 
 import nbtune as nt
+from nbtune import cli
 from nbtune.notebook import packaged
 from nbtune.peft import PeftConfig
 
@@ -18,39 +20,35 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def called(tiny_model, tmp_path_factory):
-    """The command, and where it was called."""
+    """The command: its exit status, what it said, and where it was called."""
     folder = tmp_path_factory.mktemp("real")
     rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}."} for n in range(20)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = "{eval_fraction: 0.2, eval_samples: 0}"
     params = {"model": tiny_model, "data": "sums.jsonl", "max_steps": 2, "max_length": 64, "settings": settings}
-    command = [
-        sys.executable,
-        "-m",
-        "nbtune.cli",
-        "sweep",
-        str(packaged("train.ipynb")),
-        "--set",
-        "r=4,8",
-        "--jobs",
-        "2",
-    ]
+    command = ["nbtune", "sweep", str(packaged("train.ipynb")), "--set", "r=4,8", "--jobs", "2"]
     command += [word for name, value in params.items() for word in ("--param", f"{name}={value}")]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True), folder
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as out:
+        patched.chdir(folder)
+        patched.setenv("COLUMNS", "200")
+        patched.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:  # in this process, where the libraries are there already
+            cli.main()
+    return ended.value.code or 0, out.getvalue(), folder
 
 
 @pytest.fixture(scope="module")
 def sweep(called):
-    (path,) = (called[1] / "sweeps").iterdir()
+    (path,) = (called[2] / "sweeps").iterdir()
     return nt.Sweep.open(path)
 
 
 def test_the_command_shows_what_is_to_come_and_what_came(called, sweep):
-    done, _ = called
-    assert done.returncode == 0, done.stderr
-    assert "2 trials, 2 at a time, about" in done.stdout
-    assert "2 finished" in done.stdout
-    assert f"Best: trial {sweep.best.number}" in done.stdout.replace("\n", " ")
+    status, said, _ = called
+    assert status == 0
+    assert "2 trials, 2 at a time, about" in said
+    assert "2 finished" in said
+    assert f"Best: trial {sweep.best.number}" in said
     assert sweep.path.name.startswith("train-")
     assert not processes_of(sweep.path)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from toy import processes_of, write_toy
 
 import nbtune as nt
 from nbtune.errors import NbtuneError, SweepError
+from nbtune.shelf import in_trash
 from nbtune.sweep.ledger import Ledger
 from nbtune.sweep.local import cores
 
@@ -48,17 +50,17 @@ nt.sweep(sys.argv[1], {space!r}, params={{"loss": 1.5}}, out=sys.argv[2], tracki
 
 @pytest.fixture(scope="module")
 def killed(toy, tmp_path_factory):
-    """A sweep whose process was killed during its third trial of four, and then the same call."""
+    """A sweep whose process was killed in its third trial of four, and then the same call."""
     out = tmp_path_factory.mktemp("killed") / "sweep"
     gate = out.parent / "open"
-    space = {"wait_for": ["", str(gate)], "do": ["train", "raise"]}  # the third and the fourth wait for the gate
+    space = {"wait_for": ["", str(gate)], "do": ["train", "kill"]}  # the third trial waits for the gate
     process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(space=space), str(toy), str(out)])
 
     def states():
         return [trial.state for trial in Ledger(out).trials().values()]
 
-    eventually(lambda: states() == ["finished", "failed", "running", "waiting"], "two ended and one running")
-    eventually((out / "003.ipynb").exists, "a notebook of the third")
+    eventually(lambda: states() == ["finished", "died", "running", "waiting"], "two ended and one running")
+    eventually(lambda: list(out.glob("runs/003-*/events.jsonl")), "a run of the third")
     assert nt.Sweep.open(out).status == "running"
     with pytest.raises(SweepError, match="running already"):
         nt.sweep(toy, space, params={"loss": 1.5}, out=out, tracking=UNTRACKED)
@@ -76,7 +78,7 @@ def test_a_sweep_that_was_killed_is_finished_by_the_same_call(killed):
     sweep, status, first_life = killed
     assert status == "interrupted"
     assert sweep.status == "finished"
-    assert [trial.state for trial in sweep.trials] == ["finished", "failed", "finished", "failed"]
+    assert [trial.state for trial in sweep.trials] == ["finished", "died", "finished", "died"]
     ledger = (sweep.path / "trials.jsonl").read_text().splitlines()
     assert ledger[: len(first_life)] == first_life  # only ever appended to
 
@@ -86,8 +88,8 @@ def test_nothing_that_ended_is_done_again(killed):
     events = sweep.events()
     assert [event["trial"] for event in events if event["type"] == "start"] == [1, 2, 3, 3, 4]
     assert [trial.attempt for trial in sweep.trials] == [1, 1, 2, 1]
-    sweep.start().wait(PATIENCE)  # there is nothing left to do
-    assert [event["type"] for event in sweep.events()[len(events) :]] == ["open", "close"]
+    sweep.start().wait(PATIENCE)
+    assert len(sweep.events()) == len(events)  # there is nothing left to do
 
 
 def test_the_notebook_of_the_interrupted_attempt_is_kept_aside(killed):
@@ -96,10 +98,17 @@ def test_the_notebook_of_the_interrupted_attempt_is_kept_aside(killed):
     assert nbformat.read(path / "003.ipynb", 4).metadata.papermill.exception is None
 
 
-def test_a_trial_fails_alone_and_its_notebook_tells_why(killed):
+def test_the_run_of_the_interrupted_attempt_is_in_the_trash(killed):
+    path = killed[0].path
+    assert [run.id for run in reversed(nt.runs(path / "runs"))] == [killed[0].trial(n).run_id for n in (1, 3)]
+    (thrown,) = in_trash(path / "runs")
+    assert thrown.name.startswith("003-")
+
+
+def test_a_trial_whose_kernel_dies_does_so_alone_and_its_notebook_says_it(killed):
     trial = killed[0].trial(2)
-    assert "ValueError: made to crash" in trial.error
-    assert "made to crash" in trial.notebook.read_text()
+    assert "out of memory" in trial.error
+    assert "The kernel died here" in trial.notebook.read_text()
     assert (trial.run, trial.run_id, trial.metrics) == (None, None, {})
 
 
@@ -115,9 +124,9 @@ def test_the_table_and_the_best_are_made_from_the_ledger(killed):
     rows = lines(path)
     assert [(row["trial"], row["do"], row["state"], row["attempts"]) for row in rows] == [
         ("1", "train", "finished", "1"),
-        ("2", "raise", "failed", "1"),
+        ("2", "kill", "died", "1"),
         ("3", "train", "finished", "2"),
-        ("4", "raise", "failed", "1"),
+        ("4", "kill", "died", "1"),
     ]
     assert (rows[0]["eval_loss_after"], rows[3]["eval_loss_after"]) == ("1.5", "")
     told = json.loads((path / "best.json").read_text())
@@ -159,26 +168,62 @@ def test_trials_are_stopped_by_a_person_and_by_their_losses(toy, tmp_path):
 
 
 def test_a_trial_that_takes_too_long_is_ended_with_all_its_processes(toy, tmp_path):
-    """Of a search, whose trials are chosen one after the other."""
-    sweep = nt.sweep(toy, {"seed": nt.Range(1, 9)}, params={"do": "hang"}, sampler="tpe", trials=1, out=tmp_path / "s",
-                     tracking=UNTRACKED, timeout=4).wait(PATIENCE)  # fmt: skip
-    assert sweep.status == "finished"
+    """Of a search, whose trials are chosen one after the other; before that it is interrupted."""
+    call = {"notebook": toy, "space": {"seed": nt.Range(1, 9)}, "params": {"do": "hang"}, "sampler": "tpe", "trials": 1,
+            "out": tmp_path / "s", "tracking": UNTRACKED}  # fmt: skip
+    sweep = nt.sweep(**call)
+    eventually(lambda: sweep.trials and sweep.trial(1).state == "running", "running")
+    sweep.interrupt()
+    assert sweep.wait(PATIENCE).status == "stopped"
+    assert sweep.trial(1).state == "waiting"
+    assert not processes_of(sweep.path)
+    sweep = nt.sweep(**call, timeout=4).wait(PATIENCE)
+    assert (sweep.status, sweep.trial(1).attempt) == ("finished", 2)
     assert 1 <= sweep.trial(1).params["seed"] <= 9
     assert (sweep.trial(1).state, sweep.trial(1).error) == ("timed out", "It took more than 4 s.")
     assert not processes_of(sweep.path)
     assert sweep.best is None
 
 
-def test_a_kernel_that_dies_and_a_notebook_that_makes_no_run(toy, tmp_path):
-    """The second ends the sweep, for the next ones would make none either."""
-    sweep = nt.sweep(toy, {"do": ["kill", "nothing", "train"]}, out=tmp_path / "s", tracking=UNTRACKED)
+def test_a_notebook_that_makes_no_run_ends_the_sweep(toy, tmp_path):
+    """At its first trial, for the next ones would make none either."""
+    sweep = nt.sweep(toy, {"do": ["nothing", "train"]}, out=tmp_path / "s", tracking=UNTRACKED)
     with pytest.raises(SweepError, match="makes no runs"):
         sweep.wait(PATIENCE)
     assert sweep.status == "failed"
-    died, empty, waiting = nt.Sweep.open(sweep.path).trials
-    assert (died.state, empty.state, waiting.state) == ("died", "failed", "waiting")
-    assert "out of memory" in died.error
-    assert "The kernel died here" in died.notebook.read_text()
+    empty, waiting = nt.Sweep.open(sweep.path).trials
+    assert (empty.state, waiting.state) == ("failed", "waiting")
+    assert "no run was there" in empty.error
+
+
+def test_no_trial_starts_when_the_hours_are_spent(toy, tmp_path):
+    call = {"notebook": toy, "space": {"loss": [1.0, 2.0]}, "out": tmp_path / "s", "tracking": UNTRACKED}
+    sweep = nt.sweep(**call, hours=1e-9).wait(PATIENCE)
+    assert (sweep.status, [trial.state for trial in sweep.trials]) == ("stopped", ["waiting", "waiting"])
+    assert (sweep.path / "table.csv").read_text().count("waiting") == 2
+    assert nt.sweep(**call, start=False).status == "stopped"
+    again = nt.sweep(**call, trials=1, start=False)  # the budget is no part of what a sweep is
+    assert "1 trial, 1 at a time" in str(again.preview)
+
+
+def test_a_full_disk_loses_nothing(toy, tmp_path):
+    """The ledger cannot grow beyond a point, in the middle of a line."""
+    call = {"notebook": toy, "space": {"seed": list(range(100))}, "out": tmp_path / "s", "tracking": UNTRACKED}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sweep = nt.sweep(**call, hours=1e-9, start=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(SweepError, match="the same call goes on"):
+            sweep.start().wait(PATIENCE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger = sweep.path / "trials.jsonl"
+    written = ledger.read_bytes()
+    assert len(written) == 6000
+    assert 0 < len(sweep.trials) < 100
+    assert nt.sweep(**call, hours=1e-9).wait(PATIENCE).status == "stopped"
+    assert [trial.params["seed"] for trial in nt.Sweep.open(sweep.path).trials] == list(range(100))
+    assert ledger.read_bytes().startswith(written[: written.rfind(b"\n") + 1])
 
 
 def test_what_cannot_run_writes_nothing(toy, tmp_path):

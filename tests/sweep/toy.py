@@ -8,8 +8,8 @@ import psutil
 PARAMETERS = """
 loss = 1.0
 steps = 3  # of a twentieth of a second each
-do = "train"  # or "raise", "kill", "hang", "nothing"
-wait_for = ""  # a file, until which it hangs
+do = "train"  # or "kill", "hang", "nothing"
+wait_for = ""  # a file, until which it hangs after its first step
 seed = 0
 """
 
@@ -21,12 +21,14 @@ from nbtune._names import new_id
 from nbtune.train.control import Control
 from nbtune.train.events import EventLog
 
-if do == "raise":
-    raise ValueError("made to crash")
+def wait():
+    while do == "hang" or (wait_for and not Path(wait_for).exists()):
+        time.sleep(0.05)
+
 if do == "kill":
     os.kill(os.getpid(), 9)
-while do == "hang" or (wait_for and not Path(wait_for).exists()):
-    time.sleep(0.05)
+if do == "hang":
+    wait()
 if do == "train":
     runs = Path(os.environ["NBTUNE_RUNS"])
     path = runs / new_id(runs)
@@ -41,6 +43,7 @@ if do == "train":
             log.append({"type": "train", "step": step, "loss": loss, "tokens": 8, "tokens_per_second": 160.0,
                         "peak_memory_bytes": 1})
             log.append({"type": "eval", "step": step, "eval_loss": loss})
+            wait()
             if control.should_stop():
                 status = "stopped"
                 break
