@@ -31,6 +31,7 @@ from nbtune.models.trained import default_runs_dir
 from nbtune.spec import DataSpec, RunSpec
 
 HOST = "127.0.0.1"
+USER = "nbtune"  # of a page with a password
 _open: Arena | None = None  # one arena a process: an abandoned one would keep its port and its model
 
 
@@ -41,6 +42,8 @@ def arena(
     port: int | None = None,
     launch: bool = True,
     inbrowser: bool = False,
+    share: bool = False,
+    password: str | None = None,
 ) -> Arena:
     """Open the chat that compares these columns; the base is always one of them. Closes the arena opened before.
 
@@ -51,17 +54,25 @@ def arena(
         port: None takes the first free one from 7860.
         launch: Whether to serve the page at once.
         inbrowser: Whether to open a browser on it.
+        share: Whether Gradio's servers make the page reachable from everywhere, for three days at most.
+        password: Of the user `nbtune`, without which nobody sees the page; a shared page must have one.
 
-    The page is served on 127.0.0.1 only, and never shared. Raises NbtuneError before anything is loaded where a column
-    does not exist, or the router would choose one that is not there.
+    The page is served on 127.0.0.1 only, unless shared. Raises NbtuneError before anything is loaded where a column
+    does not exist, the router would choose one that is not there, or a shared page would have no password.
     """
     global _open  # noqa: PLW0603 - see its comment
+    if share and not password:
+        raise NbtuneError(
+            "A shared page needs a password",
+            "Whoever finds its address could use your machine.",
+            "Give one: arena(..., share=True, password=...).",
+        )
     lineup = line_up(columns, runs_dir)
     if _open is not None:
         _open.close()
     opened = _open = Arena(lineup, Path(runs_dir or default_runs_dir()), router)
     if launch:
-        opened.launch(port=port, inbrowser=inbrowser)
+        opened.launch(port=port, inbrowser=inbrowser, share=share, password=password)
     return opened
 
 
@@ -80,11 +91,14 @@ class Arena:
         self._page = Page(self.engine, lineup.labels, self._ballot, extras, _data(lineup))
         self._closed = threading.Event()
 
-    def launch(self, port: int | None = None, inbrowser: bool = False) -> Arena:
-        """Start serving. In a notebook the page also appears under the cell; the URL is printed in any case."""
+    def launch(
+        self, port: int | None = None, inbrowser: bool = False, *, share: bool = False, password: str | None = None
+    ) -> Arena:
+        """Start serving, as `arena` says. In a notebook the page also appears under the cell; the URL is printed."""
         try:
-            _, url, _ = self._page.blocks.launch(
-                share=False,  # none would mean True on Colab and Kaggle
+            _, url, public = self._page.blocks.launch(
+                share=share,  # none would mean True on Colab and Kaggle
+                auth=(USER, password) if password else None,
                 server_name=HOST,
                 server_port=port,
                 inbrowser=inbrowser,
@@ -105,7 +119,12 @@ class Arena:
             self.close()
             raise NbtuneError("The port is taken", str(error), "Choose another, or none for a free one.") from error
         self.url = url.rstrip("/")
-        print(f"Arena: {self.url}", flush=True)  # noqa: T201 - the iframe does not reach a hub or a reopened notebook
+        if share and public is None:
+            self.close()
+            raise NbtuneError(
+                "The page cannot be shared", "Gradio's servers did not answer.", "Go online, or leave out share."
+            )
+        print(f"Arena: {public or self.url}", flush=True)  # noqa: T201 - the iframe does not reach a hub or a reopened notebook
         return self
 
     def wait(self) -> None:

@@ -91,6 +91,7 @@ class Board:
                     buttons=["copy"],
                     layout="bubble",
                     editable="user",
+                    group_consecutive_messages=False,  # files and question would be edited together
                     feedback_options=None,
                     placeholder=" ",
                     # A model may write anything; of HTML only what Markdown makes is shown, the rest as text.

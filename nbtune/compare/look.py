@@ -29,7 +29,7 @@ BLUE = colors.Color(
     *("#eef3fd", "#dbe6fb", "#bcd0f7", "#94b3f0", "#6b93e6", "#3b6fd4"),
     *("#2f5fc0", "#274f9f", "#22427f", "#1d3663", "#14243f"),
 )
-_TIME = "Columns of one base are written together: their seconds are the same."
+_TIME = "Written together with the other columns: their seconds are the same."
 
 
 def theme() -> gr.themes.Base:

@@ -44,14 +44,14 @@ class PromptSetTab:
     def _draw(self) -> None:
         with gr.Row(elem_id="nb-set"):
             self.lines = gr.Textbox(
-                "", label="Prompts", info="One a line.", lines=4, max_lines=12, scale=2, elem_id="nb-lines"
+                "", label="Prompts", info="One a line.", lines=9, max_lines=9, scale=2, elem_id="nb-lines"
             )
             self.file = gr.File(
-                label="Or a file: .jsonl, .json, .csv, .parquet, .txt", type="filepath", height=132, scale=2
+                label="Or a file: .jsonl, .json, .csv, .parquet, .txt", type="filepath", height=276, scale=2
             )
             with gr.Column(scale=1, min_width=220):
                 self.chosen = gr.Dropdown(
-                    ["", *self.data], value="", label="Or held-out rows", info="Of what a run was trained on."
+                    list(self.data), value=None, label="Or held-out rows", info="Of what a run was trained on."
                 )
                 self.limit = gr.Slider(1, MOST_ROWS, 20, step=1, label="Rows", info="The first of them.")
                 self.length = gr.Slider(1, 1024, 64, step=1, label="max_new_tokens", info="Longest answer, in tokens.")
@@ -72,19 +72,21 @@ class PromptSetTab:
         self.stop.click(self.stops.end, api_visibility="private", queue=False, show_progress="hidden")
 
     def _run(
-        self, request: gr.Request, lines: str, file: str | None, chosen: str, limit: int, length: int
+        self, request: gr.Request, lines: str, file: str | None, chosen: str | None, limit: int, length: int
     ) -> Iterator[Changes]:
+        shown = bar(Progress(0, 0, 0.0))
         try:
             prompts = self._prompts(lines or "", file, chosen or "", limit)
             evaluation = Evaluation(self.engine, prompts, max_new_tokens=length)
             with self.stops.listening(request) as should_stop:
                 for progress in evaluation.steps(should_stop):
+                    shown = bar(progress)
                     yield {
                         self.run: gr.update(interactive=False),
                         self.stop: gr.update(interactive=True),
-                        self.progress: bar(progress),
+                        self.progress: shown,
                     }
-            yield self._shown(evaluation.results())
+            yield {**self._shown(evaluation.results()), self.progress: shown}
         except NbtuneError as error:
             yield {self.told: gr.update(value=look.problem(error), visible=True), **self._idle()}
 
