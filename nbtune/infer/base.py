@@ -25,6 +25,7 @@ from nbtune.infer.text import Message, edited_tokens, prompt_tokens, stop_tokens
 from nbtune.kernels.casts import Casts, casts_kept
 from nbtune.models import compute_dtype, load, load_tokenizer, resolve, skeleton, weights
 from nbtune.models.source import OnStatus, fetch, ignore_status
+from nbtune.modules.packed import pack
 from nbtune.peft import PeftModel
 from nbtune.peft.config import WEIGHTS_NAME, PeftConfig, PromptLearningConfig, adapter_folder
 from nbtune.peft.layer import BASE as NO_ADAPTER
@@ -59,6 +60,7 @@ class Base:
             for adapter in self.adapters.values()
             if (adapter / WEIGHTS_NAME).is_file()
         )
+        self.packs = False
         self.tokenizer = load_tokenizer(spec, on_status=on_status)
         shape: Any = skeleton(spec, on_status=on_status)
         self.config = shape.config
@@ -94,9 +96,22 @@ class Base:
     def loaded(self) -> bool:
         return self._model is not None
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether its weights can lie in memory a second time, in an order in which a few rows are computed faster."""
+        on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return on_cpu and self.dtype is torch.bfloat16 and self.spec.quantised_bytes is None
+
+    def pack(self) -> None:
+        """Do so when they are loaded: they take twice the memory then."""
+        self.packs = True
+        self.bytes *= 2
+
     def load(self) -> None:
         """Read the weights into memory. Raises NbtuneError (ModelError, AdapterError) where something does not fit."""
         base = load(self.spec, device=self.device, tokenizer=self.tokenizer).model.eval()
+        if self.packs:
+            pack(base)
         model: Any = base
         for column, folder in self.adapters.items():
             try:

@@ -90,6 +90,10 @@ class Engine:
             base = Base(family.model, family.adapters, device=self.device, on_status=on_status)
             self.memory.check(base)
             self._bases |= dict.fromkeys(columns, base)
+        bases = list(dict.fromkeys(self._bases.values()))
+        for base in bases:
+            if base.can_pack and self.memory.fits([*bases, base]):
+                base.pack()
         self._mixes: dict[str, Mix] = {}
         self._lock = threading.Lock()
         self.memory.bring(self._bases[BASE])

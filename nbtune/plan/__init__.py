@@ -71,10 +71,11 @@ class Plan:
         return f"{format_bytes(self.peak_bytes)}{duration} ({parts}){chosen}"
 
 
-def plan(spec: RunSpec, *, available_bytes: int | None = None) -> Plan:
+def plan(spec: RunSpec, *, available_bytes: int | None = None, in_new_process: bool = False) -> Plan:
     """Predict the memory and the time of `spec` on this machine, and choose what fits.
 
-    `available_bytes` is the memory there is for the process; None is what is free, and what this process has already.
+    `available_bytes` is the memory there is for the process; None is what is free, and what this process has already,
+    unless the run is to be in a new one.
 
     Raises ModelError where the model is not known, AdapterError where the method does not fit it.
     """
@@ -84,6 +85,8 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None) -> Plan:
     device = default_device()
     dtype = compute_dtype(spec.model.dtype, device)
     held, available = _memory(device)
+    if in_new_process:
+        held, available = 0, available - held
     available = available if available_bytes is None else available_bytes
     weights = weigh(spec, device)
     libraries = _libraries(spec, weights, held)

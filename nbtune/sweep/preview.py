@@ -106,7 +106,7 @@ class Forecaster:
 
     def _forecast(self, spec: RunSpec) -> Forecast:
         try:
-            planned = plan(spec, available_bytes=self._memory_bytes)
+            planned = plan(spec, available_bytes=self._memory_bytes, in_new_process=True)
         except NbtuneError as error:
             raise SweepError("A trial cannot be run", str(error)) from error
         too_large = f"needs {format_bytes(planned.peak_bytes)}, there are {format_bytes(planned.available_bytes)}"

@@ -231,3 +231,22 @@ def test_a_closed_engine_loads_nothing(runs):
     with pytest.raises(NbtuneError, match="engine is closed"):
         tokens(engine, ["one"])
     assert [model() for model in watch.models] == [None]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_weights_in_bf16_are_packed_where_there_is_memory_for_them_twice(tiny_model: Path) -> None:
+    spec = ModelSpec(name=str(tiny_model), dtype="bfloat16")
+    roomy = Engine(spec, device="cpu", memory_budget=10**9)
+    once = roomy.base_of(BASE).bytes // 2
+    tight = Engine(spec, device="cpu", memory_budget=2 * once - 1)
+    assert [engine.base_of(BASE).packs for engine in (roomy, tight)] == [True, False]
+    assert tight.base_of(BASE).bytes == once
+
+    def layers(engine: Engine) -> set[str]:
+        model = engine.base_of(BASE)._model
+        return {type(layer).__name__ for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
+
+    assert [layers(engine) for engine in (roomy, tight)] == [{"PackedLinear"}, {"Linear"}]
+    ids = torch.tensor([[5, 6, 7]])
+    logits = [engine.base_of(BASE).logits([BASE], 3, input_ids=ids) for engine in (roomy, tight)]
+    torch.testing.assert_close(*logits, rtol=0.02, atol=0.02)
