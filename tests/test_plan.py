@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -227,7 +228,7 @@ def test_the_estimate_for_what_cannot_be_traced_is_of_the_right_size(eight_billi
 
 
 def test_a_run_in_a_new_process_is_not_charged_with_what_this_one_holds(monkeypatch):
-    monkeypatch.setattr("nbtune.plan._memory", lambda device: (9 * 10**9, 20 * 10**9))
+    monkeypatch.setattr(importlib.import_module("nbtune.plan"), "_memory", lambda device: (9 * 10**9, 20 * 10**9))
     here, elsewhere = plan(RunSpec()), plan(RunSpec(), in_new_process=True)
     assert here.parts["overhead"] > 9 * 10**9 > 5 * 10**9 > elsewhere.parts["overhead"]
     assert (here.available_bytes, elsewhere.available_bytes) == (20 * 10**9, 11 * 10**9)
