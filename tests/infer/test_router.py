@@ -10,8 +10,11 @@ import torch
 
 import nbtune as nt
 from nbtune.errors import NbtuneError
+from nbtune.infer.engine import Engine
 from nbtune.infer.router import ByPattern, ByRule, BySimilarity, Decision
 from nbtune.infer.similarity import MAX_ROWS, Embedder, Index, Nearest
+from nbtune.models import load
+from nbtune.peft import LoraConfig, get_peft_model
 from nbtune.spec import DataSpec, ModelSpec, RunSpec
 
 DISHES = ("a lentil soup", "pancakes", "an apple pie", "roast chicken", "fish stew")
@@ -178,10 +181,20 @@ def test_a_prompt_is_the_mean_of_its_tokens_without_control_tokens(embedder):
     ids = embedder.tokenizer("the zebra", add_special_tokens=False)["input_ids"]
     first = embedder.tokenizer.bos_token_id
     with torch.inference_mode():
-        states = embedder.model(torch.tensor([[first, *ids]]), output_hidden_states=True).hidden_states
+        states = embedder.states(torch.tensor([[first, *ids]]))
     mean = states[2][0, 1:].float().mean(0)  # 0.75 of two layers, rounded
     assert torch.allclose(embedder(["the zebra", "<|im_start|>the zebra<|im_end|>"]), mean.expand(2, -1), atol=1e-6)
     assert embedder(["<|im_start|><|im_end|>"]).abs().sum() == 0
+
+
+def test_the_base_of_an_engine_embeds_as_it_does_alone(tiny_model, embedder, tmp_path):
+    spec = ModelSpec(name=str(tiny_model))
+    model = get_peft_model(load(spec).model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    engine = Engine(spec, {"adapter": tmp_path / "adapter"})
+    list(engine.stream({"adapter": [{"role": "user", "content": "Hello"}]}, max_new_tokens=1))
+    shared = Embedder(engine.hidden_states, engine.tokenizer, embedder.origin)
+    torch.testing.assert_close(shared(["the zebra"]), embedder(["the zebra"]), rtol=0.02, atol=1e-3)  # bf16, two orders
 
 
 def test_a_rule_chooses(tiny_runs):
