@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-ROWS = 4  # that weights are packed for
-MOST_ROWS = 32  # of more, putting the weight in order costs little
+ROWS = 4  # that weights are packed for; others are served as well
 
 
 class PackedLinear(nn.Linear):
-    """As `nn.Linear`, on a CPU in bf16. Its weight must not change, and there are no gradients for a few rows."""
+    """As `nn.Linear`, on a CPU in bf16, without gradients. Its weight must not change."""
 
     packed: Tensor
 
@@ -28,8 +27,6 @@ class PackedLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > MOST_ROWS * self.in_features or input.dtype is not self.weight.dtype:
-            return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from nbtune.modules.packed import MOST_ROWS, PackedLinear, pack
+from nbtune.modules.packed import PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 33, 300])
 def test_a_product_is_as_exact_as_the_plain_one(rows, bias):
     torch.manual_seed(rows)
     linear = nn.Linear(96, 160, bias=bias).bfloat16()
@@ -36,13 +36,3 @@ def test_a_model_keeps_its_parameters_and_what_is_not_bf16():
     assert [type(layer) for layer in (model[0], model[1], model[3][0])] == [PackedLinear, nn.Linear, PackedLinear]
     assert list(model.state_dict()) == keys
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
-
-
-def test_only_few_rows_use_the_copy():
-    layer = PackedLinear.of(nn.Linear(8, 8).bfloat16())
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.bias.zero_()
-    with torch.inference_mode():
-        assert layer(torch.ones(MOST_ROWS, 8).bfloat16()).any()  # of the weight as it was
-        assert not layer(torch.ones(MOST_ROWS + 1, 8).bfloat16()).any()

@@ -330,7 +330,7 @@ def test_log_and_settings_open_on_demand(make):
 
 
 def test_a_variation_opens_the_form_with_the_runs_settings(make):
-    run = replay.ReplayRun(steps=7, seconds=0.001)
+    run = replay.ReplayRun(steps=7, seconds=0.2)  # still going when the view is there
     view = LiveView(run, interval=0.02, after=True)
     assert view.after.buttons.layout.display == "none"
     view.pump()
