@@ -203,6 +203,9 @@ class ChatTab:
         settings = self.settings.read(values[:count]).chat
         tries = turn.tries + 1 if turn else 0
         settings = dataclasses.replace(settings, seed=settings.seed + tries)
+        waits = " ".join(self._preparing(names, values[count:]))
+        if waits:
+            yield {self.notice: gr.update(value=look.moment(waits), visible=True)}
         choices = self._choices(names, values[count:], question.text)
         with self.stops.listening(request) as should_stop:
             messages = {name: conversation.messages(name, settings, question, before) for name in names}
@@ -226,11 +229,18 @@ class ChatTab:
     def _choices(self, names: Sequence[str], values: Sequence[Any], question: str) -> dict[str, Choice]:
         """Which of the engine's columns answers in each of these."""
         choices = {name: Choice(name) for name in names if name in self.engine.columns}
+        return choices | {extra.name: extra.choose(own, question) for extra, own in self._asked(names, values)}
+
+    def _preparing(self, names: Sequence[str], values: Sequence[Any]) -> list[str]:
+        """What takes long before these columns answer."""
+        return [text for extra, own in self._asked(names, values) if (text := extra.preparing(own))]
+
+    def _asked(self, names: Sequence[str], values: Sequence[Any]) -> Iterator[tuple[Extra, Sequence[Any]]]:
+        """The extras among these columns, each with what its own inputs say."""
         for extra in self.extras:
             own, values = values[: len(extra.inputs)], values[len(extra.inputs) :]
             if extra.name in names:
-                choices[extra.name] = extra.choose(own, question)
-        return choices
+                yield extra, own
 
     def _begun(self) -> Changes:
         return {
@@ -258,7 +268,9 @@ class ChatTab:
     def _files(self, paths: Sequence[str], budget: int) -> Context:
         if not paths:
             return NO_FILES
-        return fit(read(paths, inside=get_upload_folder()), budget, self.engine.tokenizer)
+        pictures = self.engine.pictures
+        attached = read(paths, inside=get_upload_folder(), pictures=pictures is not None)
+        return fit(attached, budget, self.engine.tokenizer, pictures)
 
     def _weigh(self, typed: dict[str, Any] | None, known: tuple[str, ...], budget: int) -> Changes:
         """Say what of the attached files will be read, when they have changed."""

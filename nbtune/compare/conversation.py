@@ -6,7 +6,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbtune.errors import NbtuneError
 from nbtune.infer.attachments import Context
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nbtune.infer.batch import Answer, Delta, Finish, Stats
     from nbtune.infer.engine import Engine
 
-History = list[dict[str, str]]  # messages of one column, user and assistant in turn
+History = list[dict[str, Any]]  # messages of one column, user and assistant in turn
 
 # Faster than the eye reads, slow enough that drawing the page does not take time from the model.
 SECONDS_BETWEEN_VIEWS = 0.1
@@ -42,9 +42,9 @@ class Question:
     files: Context = NO_FILES
 
     @property
-    def read(self) -> str:
+    def content(self) -> str | list[dict[str, Any]]:
         """What the columns read."""
-        return self.files.prompt(self.text)
+        return self.files.content(self.text)
 
 
 @dataclasses.dataclass
@@ -111,12 +111,12 @@ class Conversation:
 
     def messages(self, column: str, settings: ChatSettings, question: Question, before: int) -> History:
         """What a column reads before it answers a question that follows on the first `before` turns."""
-        found = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
+        found: History = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
         for turn in self.turns[:before]:
             if column in turn.answers:
-                found.append({"role": "user", "content": turn.question.read})
+                found.append({"role": "user", "content": turn.question.content})
                 found.append({"role": "assistant", "content": turn.answers[column]})
-        return [*found, {"role": "user", "content": question.read}]
+        return [*found, {"role": "user", "content": question.content}]
 
     def shown(self, column: str) -> History:
         """What the page shows of a column: files are a message of their own, before the question."""

@@ -29,6 +29,10 @@ class Extra(Protocol):
     shown: gr.Checkbox
     inputs: list[Any]
 
+    def preparing(self, values: Sequence[Any]) -> str | None:
+        """What `choose` would need seconds for, for the person who waits; None where it needs none."""
+        ...
+
     def choose(self, values: Sequence[Any], question: str) -> Choice:
         """Who answers this question. Raises NbtuneError where that cannot be said."""
         ...

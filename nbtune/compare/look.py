@@ -104,6 +104,11 @@ def told(text: str, more: str = "") -> str:
     return f"<div class='nb-told'>{html.escape(text)} <span class='nb-label'>{html.escape(more)}</span></div>"
 
 
+def moment(text: str) -> str:
+    """What a person waits for."""
+    return f"<div class='nb-moment'>{html.escape(text)}</div>"
+
+
 def total(view: View) -> str:
     """Speed of all columns together, as the person who waits sees it."""
     if not view.stats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,12 @@ class Mixer:
             self._save, inputs=[self.saved_as, *self.inputs], outputs=self.saved, api_name="save_mix", **model
         )
 
+    def preparing(self, values: Sequence[Any]) -> str | None:
+        mix = self._mix(values)
+        if self.engine.is_made(mix) or not mix.combination_type.endswith("_svd"):
+            return None
+        return f"{mix.combination_type} takes singular values of whole weights, up to a minute on a CPU."
+
     def choose(self, values: Sequence[Any], question: str) -> Choice:  # noqa: ARG002 - any question is answered by it
         mix = self._mix(values)
         text = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
@@ -72,13 +78,16 @@ class Mixer:
         used = {name: weight for name, weight in zip(self.adapters, weights, strict=True) if weight}
         return Mix(used, kind, density=density, majority_sign_method=sign)
 
-    def _save(self, name: str, *values: Any) -> str:
+    def _save(self, name: str, *values: Any) -> Iterator[str]:
         try:
             path = self._path(name or "")
+            if waits := self.preparing(values):
+                yield look.moment(waits)
             self.engine.save_mix(self._mix(values), path)
         except NbtuneError as error:
-            return look.problem(error)
-        return look.told(f"Saved as {path}", "nbtune arena and PeftModel.from_pretrained read it.")
+            yield look.problem(error)
+            return
+        yield look.told(f"Saved as {path}", "nbtune arena and PeftModel.from_pretrained read it.")
 
     def _path(self, name: str) -> Path:
         if not name or name != Path(name).name or name.startswith("."):

@@ -109,10 +109,13 @@ class PromptSetTab:
 
     def _shown(self, results: Results) -> Changes:
         folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
+        table = answers(results)
+        texts = len(table["headers"]) - 1
+        widths = ["8%", *[f"{92 / texts:.2f}%"] * texts]
         files = [str(results.write(folder / f"answers{suffix}")) for suffix in SUFFIXES] if results.rows else []
         return {
             self.told: gr.update(value=measures(results), visible=True),
-            self.answers: gr.update(value=answers(results), visible=bool(results.rows)),
+            self.answers: gr.update(value=table, visible=bool(results.rows), column_widths=widths),
             self.files: gr.update(value=files or None, visible=bool(files)),
             **self._idle(),
         }
@@ -124,7 +127,7 @@ class PromptSetTab:
 def bar(progress: Progress) -> str:
     """How far it is, and how long it still takes."""
     eta = progress.eta_seconds
-    left = "" if eta is None else f" · {eta:.0f} s left"
+    left = "" if not eta else f" · {eta:.0f} s left"
     share = 100 * progress.done / max(progress.total, 1)
     text = f"{progress.done:,} of {progress.total:,} answers{left}"
     drawn = f"<div class='nb-bar'><i style='width:{share:.1f}%'></i></div>"
@@ -132,14 +135,12 @@ def bar(progress: Progress) -> str:
 
 
 def measures(results: Results) -> str:
-    """The measures of each column, the best of each marked where the difference is real."""
+    """The measures of each column, with their differences to the base."""
     rows = results.summary()
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in (rows[0] if rows else ()))
     body = "".join(f"<tr>{''.join(_cell(value) for value in row.values())}</tr>" for row in rows)
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in results.notes)
-    how = "Differences to the base with their 95 % interval: real where it leaves out zero."
-    told = f"<p>{how}</p>" if any(metrics.against_base for metrics in results.metrics()) else ""
-    return f"<div class='nb-ranking nb-measures'><table><tr>{head}</tr>{body}</table>{told}{notes}</div>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in results.footnotes)
+    return f"<div class='nb-ranking nb-measures'><table><tr>{head}</tr>{body}</table>{notes}</div>"
 
 
 def answers(results: Results) -> dict[str, Sequence[Any]]:

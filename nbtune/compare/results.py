@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 SUFFIXES = (".csv", ".jsonl", ".json", ".md")
 RESAMPLES = 2000  # of a bootstrap
 FEWEST = 10  # rows; of fewer the intervals would be too narrow to be told
+DIFFERENCES = "Differences to the base, each with its 95 % interval; real where that leaves out zero."
 MEASURES = ("perplexity", "exact_match", "rouge_1", "rouge_l")
 
 
@@ -71,10 +72,10 @@ class Difference:
         """Whether the interval leaves out zero."""
         return self.lower > 0 or self.upper < 0
 
-    @property
-    def text(self) -> str:
-        """For people: `+0.05 (0.01 to 0.09)`."""
-        return f"{self.value:+.3g} ({self.lower:.3g} to {self.upper:.3g})"
+    def text(self, digits: int) -> str:
+        """For people: `+0.05 (0.01 to 0.09), real`."""
+        said = f"{self.value:+.{digits}f} ({self.lower:.{digits}f} to {self.upper:.{digits}f})"
+        return f"{said}, real" if self.real else said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,12 @@ class Results:
             raise NbtuneError("The results cannot be written", str(error), "Choose another file.") from error
         return path
 
+    @property
+    def footnotes(self) -> tuple[str, ...]:
+        """What must be said of the summary."""
+        compared = any(metrics.against_base for metrics in self.metrics())
+        return ((DIFFERENCES,) if compared else ()) + tuple(self.notes)
+
     def _csv(self) -> str:
         file = io.StringIO()
         table = self.table()
@@ -174,7 +181,7 @@ class Results:
         return _dumped(whole, indent=2) + "\n"
 
     def _markdown(self) -> str:
-        notes = "".join(f"- {_escaped(note)}\n" for note in self.notes)
+        notes = "".join(f"- {_escaped(note)}\n" for note in self.footnotes)
         return "\n".join(
             part for part in (_markdown_table(self.summary()), notes, _markdown_table(self.table())) if part
         )
@@ -247,7 +254,7 @@ def _summary(metrics: Metrics) -> dict[str, Any]:
     def shown(name: str, value: float | None, digits: int) -> str:
         if value is None:
             return ""
-        return f"{value:.{digits}f}" + (f", {against[name].text} against the base" if name in against else "")
+        return f"{value:.{digits}f}" + (f", {against[name].text(digits)}" if name in against else "")
 
     return {
         "column": metrics.column,

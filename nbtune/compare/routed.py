@@ -31,6 +31,9 @@ class Routed:
     def wire(self, model: dict[str, Any]) -> None:
         """It has no handlers of its own."""
 
+    def preparing(self, values: Sequence[Any]) -> str | None:  # noqa: ARG002 - it has no inputs
+        return "The router is made, which may read the adapters' training data first." if self._router is None else None
+
     def choose(self, values: Sequence[Any], question: str) -> Choice:  # noqa: ARG002 - it has no inputs
         if self._router is None:
             self._router = self._make()

@@ -17,13 +17,17 @@ import stat
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbtune.errors import NbtuneError
-from nbtune.infer.documents import to_text
+from nbtune.infer.documents import picture_kind, to_text
+from nbtune.infer.pictures import open_picture
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
+
+    from nbtune.infer.pictures import PictureReader
 
 MAX_FILES = 20
 MAX_BYTES = 20_000_000  # of one file, looked at before it is read
@@ -39,6 +43,7 @@ class Attachment:
     kind: str  # "PDF, 3 pages", "Word", "HTML", "text"
     text: str
     note: str = ""  # what of the file is not in the text, or how it was read
+    picture: Image | None = None  # then there is no text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +74,31 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """All files as one text."""
+    """All files as one text, and the pictures before it."""
 
     text: str
-    tokens: int  # of `text`; at most `budget`
+    tokens: int  # of `text` and `pictures`; at most `budget`
     budget: int
     shares: tuple[Share, ...]
+    pictures: tuple[Image, ...] = ()
 
     def prompt(self, question: str) -> str:
         """What the user's message is: the files, then the question."""
         return f"{self.text}\n\n{question}" if self.text else question
 
+    def content(self, question: str) -> str | list[dict[str, Any]]:
+        """That as a message's content: parts, where there are pictures."""
+        if not self.pictures:
+            return self.prompt(question)
+        pictures: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in self.pictures]
+        return [*pictures, {"type": "text", "text": self.prompt(question)}]
 
-def read(paths: Sequence[str | Path], *, inside: str | Path) -> list[Attachment]:
+
+def read(paths: Sequence[str | Path], *, inside: str | Path, pictures: bool = False) -> list[Attachment]:
     """The texts of these files, in their order. A relative path is looked up in the folder `inside`.
 
-    Raises NbtuneError, before any file is used, that names every file which is outside of `inside`, a link, over
-    `MAX_BYTES`, binary, damaged, encrypted or empty.
+    pictures: whether the model takes them. Raises NbtuneError, before any file is used, that names every file which is
+    outside of `inside`, a link, over `MAX_BYTES`, binary, damaged, encrypted or empty.
     """
     if len(paths) > MAX_FILES:
         raise NbtuneError("Too many files", f"There are {len(paths)}; {MAX_FILES} are read at once.", "Attach fewer.")
@@ -93,7 +106,7 @@ def read(paths: Sequence[str | Path], *, inside: str | Path) -> list[Attachment]
     errors: list[NbtuneError] = []
     for path in paths:
         try:
-            attached.append(_read(Path(path), Path(inside)))
+            attached.append(_read(Path(path), Path(inside), pictures))
         except NbtuneError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -103,13 +116,39 @@ def read(paths: Sequence[str | Path], *, inside: str | Path) -> list[Attachment]
     return _unique_names(attached)
 
 
-def fit(attached: Sequence[Attachment], budget: int, tokenizer: PreTrainedTokenizerBase) -> Context:
-    """Put the texts into at most `budget` tokens, their names and borders included.
+def fit(
+    attached: Sequence[Attachment],
+    budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+    pictures: PictureReader | None = None,
+) -> Context:
+    """Put the files into at most `budget` tokens, the names and borders of texts included.
+
+    Pictures are never cut: what they leave is for the texts.
 
     Small files stay whole; what they leave is shared equally among the large ones, which are cut at a paragraph or a
     line. Control tokens of the model that stand in a file are broken up, so that no file can end a turn or begin one.
     Raises NbtuneError where the budget is too small to give each file a few words.
     """
+    seen = [_seen(attachment, pictures) for attachment in attached if attachment.picture is not None]
+    taken = sum(share.tokens for share, _ in seen)
+    if taken > budget:
+        message = f"{len(seen)} picture{'s' if len(seen) > 1 else ''} take {taken:,} of {budget:,} tokens."
+        raise NbtuneError("The pictures do not fit into the context", message, "Attach fewer, or raise the budget.")
+    texts = _fit_texts([attachment for attachment in attached if attachment.picture is None], budget - taken, tokenizer)
+    shares = tuple(share for share, _ in seen) + texts.shares
+    return Context(texts.text, taken + texts.tokens, budget, shares, tuple(picture for _, picture in seen))
+
+
+def _seen(attachment: Attachment, pictures: PictureReader | None) -> tuple[Share, Image]:
+    picture = attachment.picture
+    if picture is None or pictures is None:
+        raise NbtuneError(f"{attachment.name} is a picture", "This model reads text.", "Describe it in words.")
+    tokens = pictures.tokens(picture)
+    return Share(attachment.name, attachment.kind, tokens, tokens, 1, 1, attachment.kind), picture
+
+
+def _fit_texts(attached: Sequence[Attachment], budget: int, tokenizer: PreTrainedTokenizerBase) -> Context:
     if not attached:
         return Context("", 0, budget, ())
     control = _control_tokens(tokenizer)
@@ -219,9 +258,13 @@ def _broken_up(match: re.Match[str]) -> str:
     return f"{match.group()[0]} {match.group()[1:]}"
 
 
-def _read(path: Path, folder: Path) -> Attachment:
+def _read(path: Path, folder: Path, pictures: bool) -> Attachment:
     name = _name(path)
-    document = to_text(name, _bytes(name, path, folder))
+    data = _bytes(name, path, folder)
+    if pictures and picture_kind(name, data):
+        picture = open_picture(name, data)
+        return Attachment(name, f"picture, {picture.width} x {picture.height}", "", picture=picture)
+    document = to_text(name, data)
     note = document.note
     if len(document.text) > MAX_CHARACTERS:
         note = f"{note}; " if note else ""

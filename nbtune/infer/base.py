@@ -13,15 +13,17 @@ import gc
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nbtune.errors import ModelError, NbtuneError
 from nbtune.infer import mix as mixing
+from nbtune.infer.attention import use_grouped_attention
 from nbtune.infer.mix import Mix
+from nbtune.infer.pictures import PictureReader, pictures_of, without_pictures
 from nbtune.infer.sampling import SamplingDefaults, default_sampling, read_generation_config
-from nbtune.infer.text import Message, edited_tokens, prompt_tokens, stop_tokens
+from nbtune.infer.text import Message, edited_text, prompt_text, stop_tokens, token_ids
 from nbtune.kernels.casts import Casts, casts_kept
 from nbtune.models import compute_dtype, load, load_tokenizer, resolve, skeleton, weights
 from nbtune.models.source import OnStatus, fetch, ignore_status
@@ -32,6 +34,14 @@ from nbtune.peft.layer import BASE as NO_ADAPTER
 from nbtune.spec import ModelSpec
 
 MIXES = 4  # combinations of adapters that are kept; more only where one forward pass asks for more
+
+
+class Prompt(NamedTuple):
+    """What a column reads before it answers."""
+
+    ids: list[int]
+    stops: frozenset[int]  # token ids that end its answer
+    beside: dict[str, torch.Tensor]  # what the first forward pass takes besides: pictures
 
 
 class Base:
@@ -69,6 +79,7 @@ class Base:
         self.context_length: int = self.config.get_text_config().max_position_embeddings
         self.stop_tokens = stop_tokens(self.tokenizer, self.generation_config)
         self.stateful = bool(shape._is_stateful)  # padding would change its state
+        self.pictures = PictureReader.of(folder, shape, self.tokenizer)  # none: it reads text only
         self._keeps_last_logits = "logits_to_keep" in inspect.signature(shape.forward).parameters
         configs = {column: PeftConfig.from_pretrained(adapter) for column, adapter in self.adapters.items()}
         self._prompts = {name: config for name, config in configs.items() if isinstance(config, PromptLearningConfig)}
@@ -110,6 +121,7 @@ class Base:
     def load(self) -> None:
         """Read the weights into memory. Raises NbtuneError (ModelError, AdapterError) where something does not fit."""
         base = load(self.spec, device=self.device, tokenizer=self.tokenizer).model.eval()
+        use_grouped_attention(base)
         if self.packs:
             pack(base)
         model: Any = base
@@ -133,20 +145,27 @@ class Base:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def prompt(
-        self, column: str, messages: Sequence[Message], template: str | None = None
-    ) -> tuple[list[int], frozenset[int]]:
-        """The token ids that this column would read, and those that end its answer.
+    def prompt(self, column: str, messages: Sequence[Message], template: str | None = None) -> Prompt:
+        """What this column would read.
 
         template: a Jinja text or a standard one's name in place of the model's own. Raises NbtuneError where the
-        template does not write the conversation, or it is longer than the context.
+        template does not write the conversation, it is longer than the context, or has pictures that are not taken.
         """
+        plain = without_pictures(messages)
         if template is None:
-            ids, stops = prompt_tokens(messages, self.tokenizer), self.stop_tokens
+            text, stops = prompt_text(plain, self.tokenizer), self.stop_tokens
         else:
-            ids, stops = edited_tokens(template, messages, self.tokenizer, self.generation_config)
+            text, stops = edited_text(template, plain, self.tokenizer, self.generation_config)
+        pictures = pictures_of(messages)
+        if not pictures:
+            ids, beside = token_ids(text, self.tokenizer), {}
+        elif self.pictures is None:
+            message = f"{column}: {self.spec.name} reads text only."
+            raise NbtuneError("This model takes no pictures", message, "Leave them out, or hide this column.")
+        else:
+            ids, beside = self.pictures.encode(text, pictures)
         self.require_room(column, len(ids))
-        return ids, stops
+        return Prompt(ids, stops, beside)
 
     def require_room(self, column: str, tokens: int) -> None:
         """Raise NbtuneError where a column cannot read so many tokens and say the next."""
@@ -218,6 +237,9 @@ class Base:
             self._model.set_adapter(next(iter(self._names.values())))  # a forward pass sets its own
             self._model.delete_adapter(self._mixed.pop(name))
             self._casts.clear()
+
+    def is_made(self, mix: Mix) -> bool:
+        return mix.name in self._mixed
 
     def write_mix(self, mix: Mix, folder: Path) -> None:
         """Write a combination that `make` has made as an adapter in PEFT's format."""

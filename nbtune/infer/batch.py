@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from nbtune._transformers import DynamicCache
 from nbtune.infer.sampling import Sampler
 from nbtune.infer.text import TextStream
+
+PIECE = 256  # tokens of each row that are read at once: between two pieces a stop is heard, and others are written
 
 Finish = Literal["end_of_turn", "max_new_tokens", "context", "stopped"]
 
@@ -61,12 +63,27 @@ class Limits:
 class Answer:
     """One column's answer while it is written."""
 
-    def __init__(self, column: str, prompt: list[int], sampler: Sampler, text: TextStream, limits: Limits) -> None:
+    def __init__(
+        self,
+        column: str,
+        prompt: list[int],
+        sampler: Sampler,
+        text: TextStream,
+        limits: Limits,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.column = column
+        # What the prompt is read with: [1, T], or pictures one after the other.
+        self.beside = {name: tensor.to(sampler.generator.device) for name, tensor in (beside or {}).items()}
         self.ids = torch.tensor([prompt], device=sampler.generator.device)  # [1, T]: the prompt and the answer so far
         self.stats = Stats(prompt_tokens=len(prompt))
         self.left = False  # set where nobody waits for it any more: its row leaves the batch
         self._sampler, self._text, self._limits = sampler, text, limits
+
+    @property
+    def pictures(self) -> tuple[int, ...] | None:
+        """The shape of its pictures, which rows of one batch have in common."""
+        return tuple(self.beside["pixel_values"].shape) if self.beside else None
 
     def take(self, logits: Tensor, seconds: float) -> Delta:
         """Choose one token. logits: [1, V] in float32, made in `seconds`."""
@@ -114,11 +131,22 @@ class Batch:
         answers: To be written, a row each.
         cache: An empty one.
         prompted: Whether a trained prompt comes before each text. In the cache it lies before the padding.
+        whole: Whether a prompt must be read in one forward pass, as must those after a trained prompt.
     """
 
-    def __init__(self, forward: Forward, answers: list[Answer], cache: DynamicCache, *, prompted: bool = False) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        answers: list[Answer],
+        cache: DynamicCache,
+        *,
+        prompted: bool = False,
+        whole: bool = False,
+    ) -> None:
         self.answers = answers
         self._forward, self._cache, self._prompted = forward, cache, prompted
+        self._reading = 0.0  # seconds of the pieces before the last
+        self._began = False  # whether each row has written a token
         lengths = [answer.ids.shape[1] for answer in answers]
         ids = answers[0].ids.new_zeros(len(answers), max(lengths))
         mask = torch.zeros_like(ids)
@@ -127,19 +155,29 @@ class Batch:
             mask[row, -length:] = 1
         self._unread, self._mask = ids, mask  # [B, U], what is not in the cache yet; [B, T], 1 where a token is
         self._positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, U]
+        self._beside = _joined([answer.beside for answer in answers], lengths)
+        self._piece = max(lengths) if whole or prompted else PIECE
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` must be called before the next `turn`."""
+        return self._unread.shape[1] > self._piece
+
+    def read(self) -> None:
+        """Take in the next piece of the prompts, unless nobody waits for an answer any more."""
+        if all(answer.left for answer in self.answers):
+            self.answers.clear()
+            return
+        began = time.perf_counter()
+        self._advance(self._piece)
+        self._reading += time.perf_counter() - began
 
     def turn(self) -> Iterator[Delta]:
         """One token of every row, each when it is asked for."""
         began = time.perf_counter()
-        padded = not bool(self._mask.all())
-        logits = self._forward(
-            [answer.column for answer in self.answers],
-            input_ids=self._unread,
-            attention_mask=self._mask if padded else None,  # without, attention knows a faster way
-            position_ids=self._positions,
-            past_key_values=self._cache,
-        )
-        seconds = time.perf_counter() - began
+        logits = self._advance(self._unread.shape[1])
+        seconds = self._reading + time.perf_counter() - began
+        self._reading, self._began = 0.0, True
         going = []
         for row, answer in enumerate(tuple(self.answers)):
             delta = answer.take(logits[row : row + 1], seconds)
@@ -150,13 +188,30 @@ class Batch:
             yield delta
         self._keep(going)
 
+    def _advance(self, tokens: int) -> Tensor:
+        """Read so many tokens of each row. Returns the logits after them."""
+        left = self._unread.shape[1] - tokens
+        mask = self._mask[:, : self._mask.shape[1] - left]
+        logits = self._forward(
+            [answer.column for answer in self.answers],
+            input_ids=self._unread[:, :tokens],
+            attention_mask=None if bool(mask.all()) else mask,  # without, attention knows a faster way
+            position_ids=self._positions[:, :tokens],
+            past_key_values=self._cache,
+            **self._beside,
+        )
+        self._beside = {}
+        self._unread = self._unread[:, tokens:]
+        self._positions = self._positions[:, tokens:] if left else self._positions
+        return logits
+
     @property
     def _layers(self) -> list[Any]:
         return self._cache.layers
 
     def can_join(self) -> bool:
         """Whether other rows may join: only a cache that holds every token and no prompt can be padded."""
-        return not self._prompted and all(type(layer) is DynamicLayer for layer in self._layers)
+        return self._began and not self._prompted and all(type(layer) is DynamicLayer for layer in self._layers)
 
     def join(self, other: Batch) -> None:
         """Take in the rows of another batch of the same model; both have written their first token."""
@@ -201,3 +256,17 @@ class Batch:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], dim=1)
         self._positions = self._positions[:, -1:] + 1
         self._unread = torch.cat([answer.ids[:, -1:] for answer in self.answers])
+
+
+def _joined(rows: Sequence[Mapping[str, Tensor]], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """What the rows' prompts are read with: of each token [B, T], padded on the left; else one row after the other."""
+    longest, found = max(lengths), {}
+    for name in rows[0]:
+        of_tokens = all(row[name].shape == (1, length) for row, length in zip(rows, lengths, strict=True))
+        found[name] = torch.cat(
+            [
+                pad(row[name], (longest - length, 0)) if of_tokens else row[name]
+                for row, length in zip(rows, lengths, strict=True)
+            ]
+        )
+    return found

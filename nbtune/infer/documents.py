@@ -74,7 +74,7 @@ def to_text(name: str, data: bytes) -> Document:
     if not data.strip():
         raise _refused(name, "is empty", "It has no text.", "Attach a file with text.")
     suffix = PurePath(name).suffix.lower()
-    _require_readable(name, data, suffix)
+    _require_readable(name, data)
     if b"%PDF-" in data[:1024] or suffix == ".pdf":
         document = _pdf(name, data)
     elif data.startswith(b"PK\x03\x04") or suffix == ".docx":
@@ -88,14 +88,20 @@ def to_text(name: str, data: bytes) -> Document:
     return document
 
 
-def _require_readable(name: str, data: bytes, suffix: str) -> None:
+def picture_kind(name: str, data: bytes) -> str:
+    """`PNG`, `JPEG`, ... by the first bytes of a picture, or by its name; empty for other files."""
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    picture = next((kind for mark, kind in _PICTURES.items() if data.startswith(mark)), "WebP" if webp else "")
-    if picture or suffix in _PICTURE_NAMES:
+    known = next((kind for mark, kind in _PICTURES.items() if data.startswith(mark)), "WebP" if webp else "")
+    suffix = PurePath(name).suffix.lower()
+    return known or (suffix[1:].upper() if suffix in _PICTURE_NAMES else "")
+
+
+def _require_readable(name: str, data: bytes) -> None:
+    if kind := picture_kind(name, data):
         raise _refused(
             name,
             "is a picture",
-            f"{picture or suffix[1:].upper()} files are read only by models that take pictures; this one reads text.",
+            f"{kind} files are read only by models that take pictures; this one reads text.",
             "Describe it in words, or attach its text.",
         )
     if data.startswith(b"\xd0\xcf\x11\xe0"):

@@ -23,7 +23,7 @@ import torch
 
 from nbtune._transformers import DynamicCache
 from nbtune.errors import NbtuneError
-from nbtune.infer.base import Base, Memory
+from nbtune.infer.base import Base, Memory, Prompt
 from nbtune.infer.batch import Answer, Batch, Delta, Finish, Limits, Stats
 from nbtune.infer.columns import BASE, Family
 from nbtune.infer.likelihood import Score, score
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nbtune.infer.columns import Lineup
+    from nbtune.infer.pictures import PictureReader
 
 __all__ = ["BUDGET", "Delta", "Engine", "Finish", "Score", "Stats"]
 
@@ -121,6 +122,11 @@ class Engine:
         return self._bases[BASE].tokenizer
 
     @property
+    def pictures(self) -> PictureReader | None:
+        """What reads pictures; none where the model takes text only."""
+        return self._bases[BASE].pictures
+
+    @property
     def defaults(self) -> SamplingDefaults:
         return self._bases[BASE].defaults
 
@@ -176,8 +182,8 @@ class Engine:
         chat_template: str | None = None,
     ) -> Answer:
         """An answer that is to be written. Raises NbtuneError as `stream` does."""
-        prompt, stops = self.base_of(column).prompt(column, messages, chat_template)
-        return self._answer(column, prompt, stops, sampling, max_new_tokens, seed)
+        prompt = self.base_of(column).prompt(column, messages, chat_template)
+        return self._answer(column, prompt, sampling, max_new_tokens, seed)
 
     def continuation(
         self, column: str, prompt: Sequence[int], sampling: Sampling, *, max_new_tokens: int, seed: int
@@ -185,20 +191,19 @@ class Engine:
         """As `answer`, to token ids."""
         base = self.base_of(column)
         base.require_room(column, len(prompt))
-        return self._answer(column, list(prompt), base.stop_tokens, sampling, max_new_tokens, seed)
+        return self._answer(column, Prompt(list(prompt), base.stop_tokens, {}), sampling, max_new_tokens, seed)
 
-    def _answer(
-        self, column: str, prompt: list[int], stops: frozenset[int], sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> Answer:
+    def _answer(self, column: str, prompt: Prompt, sampling: Sampling, max_new_tokens: int, seed: int) -> Answer:
         if max_new_tokens < 1:
             raise NbtuneError("Nothing to generate", f"max_new_tokens is {max_new_tokens}.", "Ask for one or more.")
         base = self.base_of(column)
-        limits = Limits(stops, max_new_tokens, base.room(column))
-        return Answer(column, prompt, Sampler(sampling, seed, self.device), TextStream(base.tokenizer), limits)
+        limits = Limits(prompt.stops, max_new_tokens, base.room(column))
+        sampler, text = Sampler(sampling, seed, self.device), TextStream(base.tokenizer)
+        return Answer(column, prompt.ids, sampler, text, limits, prompt.beside)
 
     def prompt(self, column: str, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
         """The token ids that this column would read. Raises NbtuneError as `stream` does."""
-        return self.base_of(column).prompt(column, messages, chat_template)[0]
+        return self.base_of(column).prompt(column, messages, chat_template).ids
 
     def score(self, column: str, prompt: Sequence[int], reference: Sequence[int]) -> Score:
         """How likely this column finds the tokens `reference` after the tokens `prompt`, at least one of each.
@@ -227,6 +232,10 @@ class Engine:
         with self._lock:
             self._make(mix)
         return mix.name
+
+    def is_made(self, mix: Mix) -> bool:
+        """Whether a combination is in memory, so that it answers at once."""
+        return mix.name in self._mixes and self._bases[next(iter(mix.weights))].is_made(mix)
 
     def save_mix(self, mix: Mix, folder: str | Path) -> None:
         """Write a combination as a new adapter in PEFT's format, with a model card that says what it is made of.
@@ -306,7 +315,8 @@ class Engine:
             while groups:
                 batches = self.batches(groups.pop(0))
                 for answer, delta in _turns(batches):
-                    yield answer, delta
+                    if delta is not None:
+                        yield answer, delta
                     if should_stop():
                         begun = [left for batch in batches for left in batch.answers]
                         yield from ((left, left.stopped()) for left in itertools.chain(begun, *groups))
@@ -329,13 +339,15 @@ class Engine:
         """As few batches as can write these answers."""
         together: dict[Any, list[Answer]] = {}
         for answer in answers:
-            together.setdefault(self.shares(answer.column), []).append(answer)
+            together.setdefault((self.shares(answer.column), answer.pictures), []).append(answer)
         return [self._batch(rows) for rows in together.values()]
 
     def _batch(self, rows: list[Answer]) -> Batch:
         column = rows[0].column
         base = self.base_of(column)
-        return Batch(self._forward, rows, DynamicCache(config=base.config), prompted=base.prompted(column))
+        cache, prompted = DynamicCache(config=base.config), base.prompted(column)
+        whole = base.stateful or rows[0].pictures is not None
+        return Batch(self._forward, rows, cache, prompted=prompted, whole=whole)
 
     def shares(self, column: str) -> Any:
         """What two columns have in common where one forward pass can serve both."""
@@ -355,9 +367,12 @@ class Engine:
         return base
 
 
-def _turns(batches: list[Batch]) -> Iterator[tuple[Answer, Delta]]:
-    """A token of each row after the other, until all have ended."""
+def _turns(batches: list[Batch]) -> Iterator[tuple[Answer, Delta | None]]:
+    """A token of each row after the other, until all have ended; None where a piece of its prompt was read."""
     while any(batch.answers for batch in batches):
         for batch in batches:
-            if batch.answers:
+            if batch.answers and batch.reads:
+                batch.read()
+                yield batch.answers[0], None
+            elif batch.answers:
                 yield from zip(tuple(batch.answers), batch.turn(), strict=True)

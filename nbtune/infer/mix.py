@@ -21,6 +21,7 @@ import torch
 from nbtune import _files
 from nbtune.errors import NbtuneError
 from nbtune.kernels.low_rank import COMBINATION_TYPES
+from nbtune.models.adapter import save_adapter
 from nbtune.peft import PeftModel
 
 COMBINATIONS = COMBINATION_TYPES  # "linear", "cat", "svd", ...: see kernels/low_rank.py
@@ -103,10 +104,7 @@ def write(model: PeftModel, name: str, mix: Mix, sources: Mapping[str, str | Pat
     """
     try:
         with _files.atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary, selected_adapters=[name])  # into a folder of its name
-            for file in (temporary / name).iterdir():
-                file.rename(temporary / file.name)
-            (temporary / name).rmdir()
+            save_adapter(model, name, temporary)
             base = model.peft_config[name].base_model_name_or_path
             _files.write_text(temporary / "README.md", _card(mix, sources, base))
     except FileExistsError as error:

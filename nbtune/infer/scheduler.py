@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from nbtune.errors import NbtuneError
 from nbtune.infer.batch import Answer, Batch, Delta
@@ -94,27 +95,30 @@ class Scheduler:
                 room = max(0, self._rows - sum(len(batch.answers) for batch in self._batches))
                 come, self._waiting = self._waiting[:room], self._waiting[room:]
             self._advance(self._batches)
-            self._admit([answer for answer in come if not answer.left])
+            self._batches += self.engine.batches([answer for answer in come if not answer.left])
+            self._join()
 
-    def _admit(self, answers: list[Answer]) -> None:
-        """Read the prompts, and let the rows join those that one forward pass can serve with them."""
-        new = self.engine.batches(answers)
-        self._advance(new)
-        for batch in new:
-            shared = self.engine.shares(batch.answers[0].column)
-            same = [other for other in self._batches if self.engine.shares(other.answers[0].column) == shared]
-            if same and batch.can_join() and same[0].can_join():
-                same[0].join(batch)
-            else:
-                self._batches.append(batch)
+    def _join(self) -> None:
+        """Put rows together that one forward pass can serve, once their prompts are read."""
+        joined: dict[Any, Batch] = {}
+        for batch in tuple(self._batches):
+            if not batch.can_join():
+                continue
+            first = joined.setdefault(self.engine.shares(batch.answers[0].column), batch)
+            if first is not batch:
+                first.join(batch)
+                self._batches.remove(batch)
 
     def _advance(self, batches: list[Batch]) -> None:
-        """Write a token of every row. Batches that have ended, or failed, leave the list."""
+        """Write a token of every row, or read a piece of its prompt. Batches that have ended, or failed, leave."""
         for batch in tuple(batches):
             answers = tuple(batch.answers)
             try:
-                for answer, delta in zip(answers, list(batch.turn()), strict=True):
-                    self._give(answer, delta)
+                if batch.reads:
+                    batch.read()
+                else:
+                    for answer, delta in zip(answers, list(batch.turn()), strict=True):
+                        self._give(answer, delta)
             except Exception as error:
                 logger.exception("A batch of %d answers failed", len(answers))
                 message = f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from nbtune.models.sandbox import require_bounded, written
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}; with pictures, `content` is a list of parts
 
 
 class TextStream:
@@ -58,23 +58,27 @@ _TURN = ({"role": "user", "content": "question"}, {"role": "assistant", "content
 
 def prompt_tokens(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a chat, up to where the assistant's answer begins. Raises NbtuneError where the template refuses."""
+    return token_ids(prompt_text(messages, tokenizer), tokenizer)
+
+
+def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """As `prompt_tokens`, the text."""
     if tokenizer.chat_template is None:
         raise NbtuneError("The model has no chat template", "", "Choose one, such as chatml.")
     try:
-        text = _applied(tokenizer, messages, add_generation_prompt=True)
+        return _applied(tokenizer, messages, add_generation_prompt=True)
     except (TemplateError, *_RAISED) as error:
         raise NbtuneError(
             "The model's chat template refuses this conversation",
             str(error),
             "Some templates know no system prompt, or want user and assistant to alternate.",
         ) from error
-    return _ids(text, tokenizer)
 
 
-def edited_tokens(
+def edited_text(
     template: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
-) -> tuple[list[int], frozenset[int]]:
-    """The prompt's token ids by a template that somebody typed, or a standard one's name; and the ids that then stop.
+) -> tuple[str, frozenset[int]]:
+    """The prompt by a template that somebody typed, or a standard one's name; and the token ids that then stop.
 
     The template only ever runs in a process of its own, with little time and memory. Raises NbtuneError where it is no
     template, refuses the conversation, does not end or writes much too much.
@@ -91,7 +95,7 @@ def edited_tokens(
     if isinstance(prompt, NbtuneError):
         raise prompt
     after = frozenset() if isinstance(turn, NbtuneError) else _after_answer(turn, tokenizer)
-    return _ids(prompt, tokenizer), _ends(tokenizer, config) | after
+    return prompt, _ends(tokenizer, config) | after
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> frozenset[int]:
@@ -116,7 +120,8 @@ def _applied(
     return str(tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt, tokenize=False))
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Of what a chat template has written."""
     # The template has written the special tokens already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
@@ -128,7 +133,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> froze
 def _after_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The token that `text`, which shows `_TURN`, goes on with after the answer."""
     _, shown, rest = text.rpartition(_ANSWER)
-    after = _ids(rest, tokenizer) if shown else []
+    after = token_ids(rest, tokenizer) if shown else []
     # A template without an end-of-turn token goes on with a newline or nothing: no reason to stop there.
     added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()}
     return frozenset(after[:1]) & frozenset(added.union(tokenizer.all_special_ids))

@@ -280,7 +280,11 @@ def test_adapters_are_mixed_in_a_column_and_saved(page, visitor, runs_dir):
 
 def test_a_router_answers_in_a_column_and_says_why(page, visitor):
     visitor.call("show_router", False, True)
-    seen = visitor.ask()
+    job = visitor.submit(6)
+    seen = visitor.seen(job.result())
+    first, second, *_ = [visitor.seen(output).notice for output in job.outputs()]
+    assert "The router is made" in first
+    assert second == ""
     assert seen.answers[3] == seen.answers[1]
     assert "amber-heron 1.00: the rule says amber-heron" in seen.heads[3]
     assert "base" in visitor.ask("Hello").heads[3]

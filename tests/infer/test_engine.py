@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nbtune.errors import AdapterError, NbtuneError
+from nbtune.infer import batch
 from nbtune.infer.engine import BASE, Engine
 from nbtune.infer.sampling import GREEDY, Sampling
 from nbtune.models import load
@@ -114,6 +115,31 @@ def test_stop_ends_within_one_token(engine):
     assert len(seen) == 4 + len(engine.columns)
     assert {delta.column for delta in seen[4:]} == set(engine.columns)
     assert all(delta.finished == "stopped" for delta in seen[4:])
+
+
+def test_prompts_read_in_pieces_are_read_right(engine, monkeypatch):
+    asked = {BASE: OTHER, engine.columns[1]: QUESTION}  # of other lengths
+    whole = [delta.token for delta in engine.stream(asked, GREEDY, max_new_tokens=8)]
+    monkeypatch.setattr(batch, "PIECE", 7)
+    lengths = []
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda *args, **inputs: (
+        lengths.append(inputs["input_ids"].shape[1]), forward(*args, **inputs))[1])  # fmt: skip
+    pieces = list(engine.stream(asked, GREEDY, max_new_tokens=8))
+    assert [delta.token for delta in pieces] == whole
+    longest = len(engine.prompt(BASE, OTHER))
+    assert lengths == [7] * (longest // 7) + [longest % 7] + [1] * 7
+    assert pieces[0].stats.first_token_seconds > pieces[2].stats.seconds - pieces[0].stats.seconds  # all of the pieces
+
+
+def test_stop_is_heard_between_two_pieces_of_a_prompt(engine, monkeypatch):
+    monkeypatch.setattr(batch, "PIECE", 7)
+    read = []
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda *args, **inputs: (read.append(1), forward(*args, **inputs))[1])
+    deltas = list(engine.stream({BASE: OTHER}, GREEDY, should_stop=lambda: len(read) == 2))
+    assert [(delta.finished, delta.token) for delta in deltas] == [("stopped", None)]
+    assert len(read) == 2
 
 
 def test_one_stream_at_a_time_and_a_closed_one_lets_the_next_in(engine):

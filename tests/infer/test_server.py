@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from nbtune.errors import NbtuneError
+from nbtune.infer import batch
 from nbtune.infer.engine import BASE, Engine
 from nbtune.infer.sampling import GREEDY
 from nbtune.infer.server import LARGEST_BODY, Server, serve
@@ -75,7 +76,8 @@ def test_a_streamed_answer_is_the_same(client, expected):
     assert events[-1].usage.completion_tokens == 10
 
 
-def test_eight_requests_with_other_adapters_at_once(client, server, engine, expected):
+def test_eight_requests_with_other_adapters_at_once(client, server, engine, expected, monkeypatch):
+    monkeypatch.setattr(batch, "PIECE", 16)  # so that all prompts are read in pieces
     rows = []
     forward = server.engine._forward
 
@@ -103,7 +105,7 @@ def test_eight_requests_with_other_adapters_at_once(client, server, engine, expe
     server.engine._forward = forward
     assert found == {pair: expected[pair] for pair in asks}
     assert max(rows) > 3
-    assert len(rows) < 60  # one after the other takes 80
+    assert len(rows) < 80  # one after the other takes more than 100
 
 
 def test_a_stop_text_ends_the_answer_before_it(client, expected):
