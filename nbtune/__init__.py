@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nbtune.sweep.halving import Halving
     from nbtune.sweep.space import Range
     from nbtune.sweep.sweep import Sweep, sweep
+    from nbtune.together import train_together
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ _HOME = {
     "settings": "nbtune.spec",
     "sweep": "nbtune.sweep.sweep",
     "train": "nbtune.run",
+    "train_together": "nbtune.together",
 }
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "settings",
     "sweep",
     "train",
+    "train_together",
     "wizard",
 ]
 

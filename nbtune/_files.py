@@ -17,13 +17,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files only their owner can read
-        Path(temporary).replace(path)
+        put_in_place(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Have a file that is written to the end, beside `path`, take its place in one step."""
+    _sync(temporary)
+    temporary.chmod(0o666 & ~_umask())  # mkstemp makes files only their owner can read
+    temporary.replace(path)
     _sync_folder(path.parent)
 
 

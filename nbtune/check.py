@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nbtune._processes import cores
 from nbtune.errors import AdapterError, ModelError, NbtuneError, RunError
 from nbtune.peft.config import LayerConfig, PeftConfig
 from nbtune.peft.configs.lora import AdaLoraConfig, LoraConfig
 from nbtune.peft.configs.vectors import TrainableTokensConfig
-from nbtune.plan import Plan, format_bytes, plan
+from nbtune.plan import SHARDED_OPTIMISERS, Plan, format_bytes, plan, shardings
 from nbtune.recipe import Length
 from nbtune.spec import RunSpec, method_label, settings
 
@@ -65,6 +66,7 @@ def check(spec: RunSpec, *, runs_dir: str | Path | None = None) -> list[Problem]
         lambda: _runs_dir(runs_dir),
         lambda: _tracking(spec, runs_dir),
         lambda: _machine(spec),
+        lambda: _processes(spec),
         lambda: _data(spec),
         lambda: _model(spec),
     ]
@@ -175,6 +177,80 @@ def _machine(spec: RunSpec) -> Iterator[Problem]:
             setting="training.optim",
             remedies=(Remedy(f"use {unpaged}", {"training.optim": unpaged}),),
         )
+
+
+def _processes(spec: RunSpec) -> Iterator[Problem]:
+    """What keeps several processes from sharing the run."""
+    from nbtune.models import default_device
+
+    training, device = spec.training, default_device().type
+    count = training.num_processes
+    if count == 1:
+        return
+    one = Remedy("use one process", {"training.num_processes": 1})
+    there, kind = _places(device)
+    if count > there:
+        fewer = Remedy(f"use {there}", {"training.num_processes": there})
+        yield Problem(
+            f"There are no {count} {kind} for {count} processes",
+            f"training.num_processes is {count}; this machine has {there} that this process may use.",
+            f"Set num_processes to {there}.",
+            setting="training.num_processes",
+            remedies=(fewer,),
+        )
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if rows % count:
+        more = -(-rows // count) * count
+        steps = -(-more // training.per_device_train_batch_size)
+        while steps * training.per_device_train_batch_size % count:
+            steps += 1
+        remedy = Remedy(f"accumulate {steps}", {"training.gradient_accumulation_steps": steps})
+        yield Problem(
+            f"{rows} rows a step cannot be shared evenly by {count} processes",
+            f"A step has {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} rows"
+            " (per_device_train_batch_size x gradient_accumulation_steps), whatever the number of processes.",
+            f"Set gradient_accumulation_steps to {steps}.",
+            severity="error" if rows < count else "warning",
+            setting="training.gradient_accumulation_steps",
+            remedies=(remedy, one),
+        )
+    if not any(shardings(spec)):
+        return
+    whole = Remedy("do not shard", {"training.sharding": "none"})
+    if training.torch_compile:
+        yield Problem(
+            "torch_compile and sharded weights do not go together",
+            "training.torch_compile is set, and the weights are shared out over the processes.",
+            "Set torch_compile to false, or sharding to none.",
+            severity="error" if all(shardings(spec)) else "warning",
+            setting="training.torch_compile",
+            remedies=(Remedy("do not compile", {"training.torch_compile": False}), whole),
+        )
+    if training.sharding == "full" and spec.model.quantised_bytes is not None:
+        yield Problem(
+            "Quantised weights cannot be sharded",
+            "training.sharding is full, and the model is loaded in 4 or 8 bits.",
+            "Set sharding to none: each process then keeps the quantised model, which is small.",
+            setting="training.sharding",
+            remedies=(whole, Remedy("use 16-bit", {"model.load_in_4bit": False, "model.load_in_8bit": False})),
+        )
+    if spec.method == "full" and training.optim not in SHARDED_OPTIMISERS:
+        yield Problem(
+            f"{training.optim} cannot train sharded weights",
+            "training.sharding is full.",
+            "Set optim to adamw_torch_fused, or sharding to none.",
+            setting="training.optim",
+            remedies=(Remedy("use AdamW in 32 bits", {"training.optim": "adamw_torch_fused"}), whole),
+        )
+
+
+def _places(device_type: str) -> tuple[int, str]:
+    """How many processes this machine has a place for, and what it has for each."""
+    if device_type == "cpu":
+        return cores(), "cores"
+    import torch
+
+    return torch.cuda.device_count(), "GPUs"
 
 
 def _data(spec: RunSpec) -> Iterator[Problem]:

@@ -98,12 +98,16 @@ def train(
     method: Method = None,
     preset: Preset = None,
     set_: Set = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes that share the work, one per GPU; num_processes.")
+    ] = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Train what a spec file or the options say, with progress in the terminal. Ctrl-C stops it after its step."""
     from nbtune.run import train as start
 
-    spec = _spec(spec_file, model, data, method, preset, set_ or [])
+    shared = [] if nproc is None else [f"num_processes={nproc}"]
+    spec = _spec(spec_file, model, data, method, preset, [*(set_ or []), *shared])
     run = start(spec, runs_dir=_folder(runs_dir))
     console.print(f"{run.id}  {run.path}", highlight=False)
     run.watch()
@@ -113,12 +117,15 @@ def train(
 @app.command()
 def resume(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, label, the end of its id, or its folder.")],
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Go on with so many processes; none is as many as before.")
+    ] = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Go on with a run that was stopped, killed or failed, from its last checkpoint."""
     from nbtune.run import Run
 
-    run = Run.open(run_id, runs_dir=_folder(runs_dir)).resume()
+    run = Run.open(run_id, runs_dir=_folder(runs_dir)).resume(num_processes=nproc)
     run.watch()
     _print_summary(run.summary())
 

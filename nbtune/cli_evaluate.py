@@ -87,5 +87,5 @@ def _print(results: Results) -> None:
     for name in list(summary[0])[1:]:
         table.add_row(name, *(str(column[name]) for column in summary))
     console.print(table, markup=False)
-    for note in results.notes:
+    for note in results.footnotes:
         console.print(note, style="dim", highlight=False, markup=False)

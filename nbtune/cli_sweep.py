@@ -38,11 +38,20 @@ def sweep(
     hours: Annotated[float | None, typer.Option(help="After which no trial starts.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a trial is killed.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="On Ray: auto, an address, or local for one that ends with the sweep.")
+    ] = None,
     halving: Annotated[
         str | None, typer.Option(metavar="STEPS[,FACTOR]", help="Stop trials that fall behind after so many steps.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Also do again what failed, died or timed out.")] = False,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train trials that share a base model in one process, on one base.")
+    ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Only say what would run, and what it takes.")] = (False),
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Only print a command for each trial, for another engine to run.")
+    ] = False,
 ) -> None:
     """Execute a notebook once per trial. The same command goes on with a sweep that was interrupted."""
     from nbtune.sweep.space import read_values
@@ -61,13 +70,21 @@ def sweep(
         hours=hours,
         timeout=timeout,
         jobs=jobs,
+        ray=ray,
         halving=_halving(halving),
         retry=retry,
+        together=together,
         out=out,
         start=False,
     )
+    if commands:
+        for command in made.commands():
+            typer.echo(command)
+        return
     console.print(made.preview.table())
     console.print(made.preview.sentence(), highlight=False)
+    if together:
+        console.print(made.grouping(), highlight=False)
     if preview:
         return
     console.print(str(made.path), highlight=False, soft_wrap=True)

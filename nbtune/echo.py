@@ -112,8 +112,14 @@ def notebook(spec: RunSpec) -> NotebookNode:
         "run_id = None  # None: a new name",
     ]
     build = ["import nbtune as nt", "", "chosen = {", *arguments, "}"]
-    build += ["spec = nt.RunSpec(model=model, data=data, method=method).updated(**{**chosen, **settings})"]
-    build += ["print(nt.plan(spec))"]
+    build += [
+        "spec = nt.RunSpec(model=model, data=data, method=method)",
+        f"if method != {given!r}:  # another one is given what it has and has not switched off, as OFT its rank",
+        "    takes = {setting.path for setting in nt.settings(spec.method) if setting.default}",
+        "    chosen = {path: v for path, v in chosen.items() if path in takes or not path.startswith('method.')}",
+        "spec = spec.updated(**{**chosen, **settings})",
+        "print(nt.plan(spec))",
+    ]
     title = f"# {_words(spec)}\n\nWritten by nbtune's wizard. Run all cells, or change parameters on the way:\n\n"
     made = v4.new_notebook(
         cells=[

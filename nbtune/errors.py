@@ -42,3 +42,10 @@ class SweepError(NbtuneError, ValueError):
 
 class ExportError(NbtuneError, RuntimeError):
     """An export cannot be made, or what was written does not answer as the adapter does."""
+
+
+def told(error: BaseException) -> str:
+    """The error for a person: title, what happened, remedy, a line each; of others than ours, the name leads."""
+    if isinstance(error, NbtuneError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

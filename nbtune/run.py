@@ -19,9 +19,9 @@ import json
 import re
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -29,36 +29,54 @@ from filelock import FileLock, Timeout
 from nbtune import _files, shelf
 from nbtune._names import new_id
 from nbtune.check import require
-from nbtune.errors import NbtuneError, RunError
+from nbtune.errors import RunError, told
 from nbtune.models.trained import default_runs_dir
 from nbtune.shelf import About
 from nbtune.spec import RunSpec
 from nbtune.train.control import Control, Wish, leave_wish
-from nbtune.train.digest import Progress, Status, last_step, living, log_line, progress, summarise
-from nbtune.train.events import Event, EventLog, EventReader
+from nbtune.train.digest import Journal, Progress, Status, last_step, living, progress, summarise
+from nbtune.train.events import Event, EventReader
+from nbtune.train.handover import handed_over
+
+if TYPE_CHECKING:
+    from nbtune.train.world import World
 
 _training: dict[Path, Run] = {}  # the runs of this process that have a thread
 
 
-def train(spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | None = None) -> Run:
+def train(
+    spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | None = None, ray: str | None = None
+) -> Run:
     """Start a run in a daemon thread of this process and return it.
 
     Args:
         spec: What to train, on what, how.
         runs_dir: The folder of runs; None is `default_runs_dir()`.
         run_id: The name of the run's folder; None chooses one.
+        ray: Where the Ray is whose workers train: an address, "auto", or "local" for one that is started for the run.
+            Its machines must all see the folder of the runs.
+
+    In a trial of a sweep that was trained together with others it is the run that was trained for it.
 
     Raises NbtuneError, naming what is wrong and what to do, before anything is written: see `nbtune.check`.
     """
+    if (trained := handed_over(spec)) is not None:
+        return Run.at(trained)
+    # Where there is room for processes, Ray knows.
+    require(spec if ray is None else spec.updated(num_processes=1), runs_dir=_folder(runs_dir, run_id))
+    run = Run.create(spec, runs_dir=runs_dir, run_id=run_id)
+    run._start(ray=ray)
+    return run
+
+
+def _folder(runs_dir: str | Path | None, run_id: str | None) -> Path:
+    """The folder of runs. Raises RunError where `run_id` cannot be the name of a new one there."""
     folder = (Path(runs_dir) if runs_dir is not None else default_runs_dir()).resolve()
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
         raise RunError(f"{run_id!r} cannot name a run", "", "Use letters, digits, '-', '_' and '.'.")
     if run_id is not None and (folder / run_id).exists():
         raise RunError(f"There is a run {run_id} already", str(folder / run_id), "Choose another name, or resume it.")
-    require(spec, runs_dir=folder)
-    run = Run._create(spec, folder, run_id or new_id(folder))
-    run._start()
-    return run
+    return folder
 
 
 class Runs(list["Run"]):
@@ -95,7 +113,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.spec = RunSpec.from_yaml(self.path / "spec.yaml")
-        self._control = Control(self.path)
+        self._control = Control(self.path, passes_on=self.spec.training.num_processes > 1)
         self._thread: threading.Thread | None = None
         self._exception: BaseException | None = None
         self._events = EventReader(self.path)
@@ -158,7 +176,7 @@ class Run:
     def error(self) -> str | None:
         """Why the run failed, in words for a person; None where it did not."""
         if self._exception is not None:
-            return _told(self._exception)
+            return told(self._exception)
         return self._end().get("error")
 
     @property
@@ -233,12 +251,17 @@ class Run:
             raise RunError(f"{self.id} failed", self.error or "", f"The log is {self.path / 'log.txt'}.")
         return self
 
-    def resume(self) -> Run:
+    def resume(self, *, num_processes: int | None = None, ray: str | None = None) -> Run:
         """Go on: at once where the run is paused, else from its last checkpoint in a daemon thread of this process.
 
-        A finished run stays as it is.
+        A finished run stays as it is. A run that has ended may go on with another number of processes; it does the
+        same steps. `ray` is where those are, as for `train`.
+
+        Raises RunError for another number while it is alive, NbtuneError for one that cannot be.
         """
         status = self.status
+        if num_processes is not None and num_processes != self.spec.training.num_processes:
+            self._share_out(num_processes, ray)
         if status == "paused":
             self._tell("go on")
             return self
@@ -251,8 +274,17 @@ class Run:
             self._thread.join()  # it is on its way out
         if self.status != "finished":
             self._exception = None
-            self._start()
+            self._start(ray=ray)
         return self
+
+    def _share_out(self, num_processes: int, ray: str | None) -> None:
+        """Change the number of processes of a run that is not alive."""
+        if self.status in ("running", "paused"):
+            raise RunError(f"{self.id} is {self.status}", "", "Stop it before you change its number of processes.")
+        spec = self.spec.updated(num_processes=num_processes)
+        require(spec if ray is None else spec.updated(num_processes=1), runs_dir=self.path.parent)
+        _files.write_text(self.path / "spec.yaml", spec.to_yaml())
+        self.spec = spec
 
     def rename(self, label: str) -> None:
         """Give the run a label, in MLflow too; "" takes it away. The folder keeps its name."""
@@ -308,6 +340,12 @@ class Run:
         show(self)
 
     @classmethod
+    def create(cls, spec: RunSpec, *, runs_dir: str | Path | None = None, run_id: str | None = None) -> Run:
+        """Make the folder of a run, and start nothing. Raises RunError where `run_id` cannot be its name."""
+        folder = _folder(runs_dir, run_id)
+        return cls._create(spec, folder, run_id or new_id(folder))
+
+    @classmethod
     def _create(cls, spec: RunSpec, runs_dir: Path, run_id: str) -> Run:
         path = runs_dir / run_id
         with _files.atomic_folder(path) as folder:
@@ -326,16 +364,36 @@ class Run:
             )
         return cls(path)
 
-    def _start(self) -> None:
+    def train_here(self, world: World) -> Run:
+        """Train in this thread, as the first process of `world`, from the last checkpoint if there is one.
+
+        Raises what goes wrong.
+        """
+        lock = self._lock_it()
+        self._control = Control(self.path)
+        _training[self.path] = self
+        self._live(lock, world=world)
+        return self.wait()
+
+    def _start(self, train_in_folder: Callable[..., None] | None = None, *, ray: str | None = None) -> None:
+        """Begin a life in a thread: of a run alone, or by what trains it together with others."""
+        lock = self._lock_it()
+        self._control = Control(self.path, passes_on=ray is not None or self.spec.training.num_processes > 1)
+        self._control.wish = "go on"
+        _training[self.path] = self
+        place = {} if ray is None else {"ray": ray}
+        self._thread = threading.Thread(
+            target=self._live, args=(lock, train_in_folder), kwargs=place, name=f"nbtune-{self.id}", daemon=True
+        )
+        self._thread.start()
+
+    def _lock_it(self) -> FileLock:
         lock = self._lock()
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"{self.id} is running in another process", "", "Stop it there, or wait for it.") from error
-        self._control.wish = "go on"
-        _training[self.path] = self
-        self._thread = threading.Thread(target=self._live, args=(lock,), name=f"nbtune-{self.id}", daemon=True)
-        self._thread.start()
+        return lock
 
     def _lock(self) -> FileLock:
         return FileLock(self.path / ".lock", thread_local=False)
@@ -347,42 +405,38 @@ class Run:
         except Timeout:
             return True
 
-    def _live(self, lock: FileLock) -> None:
-        """The body of the run's thread."""
-        events = EventLog(self.path)
-        log = (self.path / "log.txt").open("a", encoding="utf-8", buffering=1)
-
-        def on_event(event: Event) -> None:
-            log.write(log_line(events.append(event)) + "\n")
-
+    def _live(self, lock: FileLock, train_in_folder: Callable[..., None] | None = None, **place: Any) -> None:
+        """The body of the run's thread; the `place` where it is trained is what only a run alone is told."""
+        journal = Journal(self.path)
         try:
-            from nbtune.train.session import train_in_folder
+            if train_in_folder is None:
+                from nbtune.train.session import train_in_folder
 
             control = self._control
             train_in_folder(
                 self.path,
                 self.spec,
-                on_event=on_event,
+                on_event=journal,
                 should_stop=control.should_stop,
                 should_pause=control.should_pause,
+                **place,
             )
         except BaseException as error:  # noqa: BLE001 - kept, shown, and raised again by wait()
             where = "".join(traceback.format_exception(error))
-            log.write(where)
-            on_event(
+            journal.note(where)
+            journal(
                 {
                     "type": "end",
                     "step": last_step(self.events()),
                     "status": "failed",
-                    "error": _told(error),
+                    "error": told(error),
                     "traceback": where,
                 }
             )
             # A live traceback would keep the model's tensors in memory; its text is in the log.
             self._exception = _without_frames(error)
         finally:
-            events.close()
-            log.close()
+            journal.close()
             self._finish(lock)
 
     def _finish(self, lock: FileLock) -> None:
@@ -394,13 +448,6 @@ class Run:
         _files.write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         _training.pop(self.path, None)
         lock.release()
-
-
-def _told(error: BaseException) -> str:
-    """The error for a person: title, what happened, remedy, a line each; of others than ours, the name leads."""
-    if isinstance(error, NbtuneError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -309,6 +309,20 @@ class TrainingSpec(_Part):
         help="Compile the model's blocks before the first step: takes minutes, which a long run gets back.",
         advanced=True,
     )
+    num_processes: int = _field(
+        1,
+        help="Processes that share the work of a step, one per GPU. A step has as many rows as with one, so the result"
+        " is the same.",
+        label="Processes",
+        ge=1,
+        advanced=True,
+    )
+    sharding: Literal["auto", "none", "full"] = _field(
+        "auto",
+        help="What each of several processes keeps: all weights (none), or its share of them (full: FSDP2); auto shares"
+        " them where every weight is trained, or where they do not fit otherwise.",
+        advanced=True,
+    )
     eval_steps: int = _field(
         20, help="Measure the held-out loss every so many steps; 0 only before and after.", unit="steps", ge=0
     )

@@ -112,7 +112,7 @@ def test_check_fails_where_there_is_an_error(folder, here):
     assert "8192" in output
 
 
-def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
+def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder, tiny_model):
     runs_dir = folder / "interrupted"
 
     def interrupted(*arguments, step):
@@ -131,7 +131,9 @@ def test_interrupted_in_the_terminal_it_stops_and_resume_goes_on(folder):
         finally:
             process.kill()
 
-    assert "stopped" in interrupted("train", folder / "spec.yaml", "--set", "max_steps=5000", step=1)
+    assert "stopped" in interrupted(
+        "train", folder / "spec.yaml", "--set", "max_steps=50000", "--set", f"model.name={tiny_model}", step=1
+    )
     (run,) = runs(runs_dir)
     assert run.status == "stopped"
     step = run.progress().step

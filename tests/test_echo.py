@@ -17,6 +17,7 @@ from nbtune.notebook import execute, parameters
 from nbtune.peft.config import PeftType, config_class
 from nbtune.run import Run, runs
 from nbtune.spec import DataSpec, ModelSpec, RunSpec, TrackingSpec, TrainingSpec, settings
+from nbtune.sweep.notebook import SweepNotebook
 
 TRAIN = typer.main.get_command(cli.app).commands["train"]
 PARTS = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "tracking": TrackingSpec}
@@ -91,6 +92,19 @@ def test_yaml(spec, tmp_path):
 def test_a_notebook(spec):
     nbformat.validate(echo.notebook(spec))
     assert from_notebook(spec) == spec
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "oft", "ia3", "full"])
+def test_a_sweep_over_the_method_foretells_what_the_notebook_does(tmp_path, method):
+    """Each method gets what it has of the adapter's settings, and each trial is the run that was previewed."""
+    spec = RunSpec(method={"r": 4, "lora_dropout": 0.1, "use_rslora": True}).updated(max_steps=7)
+    made = from_notebook(spec, method=method)
+    swept = SweepNotebook(echo.write_notebook(spec, tmp_path))
+    assert swept.spec(swept.parameters({"method": method})) == made
+    assert made.training.max_steps == 7
+    assert made.method_name.lower().startswith(method)
+    if method in ("lora", "loha"):
+        assert made.method.r == 4
 
 
 def test_only_what_differs_is_said():

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbtune.fused.stretches import Stretches, parts
 from nbtune.kernels.casts import autocast
 from nbtune.kernels.lora_linear import LoraLinear, Update, lora_linears
 from nbtune.modules import quantised
 from nbtune.modules.base import LINEARS, weight_of
-from nbtune.peft.layer import Adapter, AdapterLayer, Replacement, Several
+from nbtune.peft.layer import Adapter, AdapterLayer, Replacement
 from nbtune.peft.methods.lora import Lora
 
 
@@ -20,16 +21,27 @@ def described(module: nn.Module) -> LoraLinear | None:
     if not isinstance(module, AdapterLayer):
         return _of_base(module, ()) if isinstance(module, LINEARS) else None
     state = module.state
-    if state.rows is not None or not isinstance(module.base_layer, LINEARS):
+    if not isinstance(module.base_layer, LINEARS):
         return None
+    if isinstance(state.rows, Stretches):
+        places = [(part.name, part.borders, part.draws.generator) for part in state.rows.parts]
+    elif state.rows is not None:
+        return None
+    else:
+        places = [(name, None, None) for name in state.applied]
     updates: list[Update] = []
-    for name in state.applied:
-        for adapter in _parts(module.adapters[name]) if name in module.adapters else ():
+    for name, borders, generator in places:
+        for adapter in parts(module.adapters[name]) if name in module.adapters else ():
             terms = _updates(adapter)
             if terms is None:
                 return None
-            updates += terms
+            updates += [term._replace(stretch=borders, generator=generator) for term in terms] if borders else terms
     return _of_base(module.base_layer, tuple(updates))
+
+
+def is_low_rank(adapter: nn.Module) -> bool:
+    """Whether an adapter is no more than low-rank updates, also where other adapters are not."""
+    return all(_updates(part) is not None for part in parts(adapter))
 
 
 def _of_base(base: Any, updates: tuple[Update, ...]) -> LoraLinear:
@@ -40,10 +52,6 @@ def _of_base(base: Any, updates: tuple[Update, ...]) -> LoraLinear:
         return weight_of(base).detach().to(dtype)
 
     return LoraLinear(weight, base.bias, updates, weight_of(base) if base.weight.requires_grad else None)
-
-
-def _parts(adapter: nn.Module) -> tuple[Any, ...]:
-    return tuple(adapter.parts) if isinstance(adapter, Several) else (adapter,)
 
 
 def _updates(adapter: Adapter) -> list[Update] | None:

@@ -4,6 +4,9 @@ What PEFT's two products and an addition cost in memory traffic is not there: ea
 layer's output, and in the gradient of x, by the matrix product itself (`addmm_`). Layers that share their input (query,
 key and value; gate and up) share the products with their A, and sum their gradients of it in one buffer.
 
+An update may be of a stretch of the rows only, so that the tokens of several adapters go through a base
+layer together.
+
 Saved for the backward pass are x and the small A x; the base weights are only referred to, and made again where
 they are quantised. The idea of one function for base and update is Unsloth's (github.com/unslothai/unsloth).
 """
@@ -28,6 +31,12 @@ class Update(NamedTuple):
     scaling: float
     dropout: float = 0.0  # of its input
     trained_in: torch.dtype | None = None  # where A and B are casts of what is trained
+    stretch: tuple[int, int] | None = None  # the rows [start, end) that it is for; None: all
+    generator: torch.Generator | None = None  # of the dropout's seeds; None: torch's own
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The update's stretch of rows [T, ...], a view."""
+        return rows if self.stretch is None else rows[self.stretch[0] : self.stretch[1]]
 
     def in_precision(self, dtype: torch.dtype) -> Update:
         return self._replace(A=cast(self.A, dtype), B=cast(self.B, dtype), trained_in=self.A.dtype)
@@ -86,15 +95,19 @@ def products(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[list[Tensor], lis
     outputs = [F.linear(x, layer.weight(x.dtype), _cast(layer.bias, x.dtype)) for layer in layers]
     owners = [(y, update) for y, layer in zip(outputs, layers, strict=True) for update in layer.updates]
     updates = [update for _, update in owners]
-    seeds = [_new_seed() if update.dropout else 0 for update in updates]
-    if not updates:
-        return outputs, [], seeds
-    if any(seeds):
-        hidden = [_dropped(x, u.dropout, seed) @ u.A.t() for u, seed in zip(updates, seeds, strict=True)]
-    else:
-        hidden = list((x @ _rows(updates).t()).split([len(update.A) for update in updates], dim=1))
+    seeds = [_new_seed(update) if update.dropout else 0 for update in updates]
+    hidden: list[Tensor] = [x] * len(updates)
+    for numbers in _by_stretch(updates):
+        some = [updates[number] for number in numbers]
+        rows = some[0].of(x)
+        if any(seeds[number] for number in numbers):
+            found = [_dropped(rows, u.dropout, seeds[n]) @ u.A.t() for n, u in zip(numbers, some, strict=True)]
+        else:
+            found = (rows @ _rows(some).t()).split([len(update.A) for update in some], dim=1)
+        for number, z in zip(numbers, found, strict=True):
+            hidden[number] = z
     for (y, update), z in zip(owners, hidden, strict=True):
-        y.addmm_(z, update.B.t(), alpha=update.scaling)
+        update.of(y).addmm_(z, update.B.t(), alpha=update.scaling)
     return outputs, hidden, seeds
 
 
@@ -108,7 +121,7 @@ def input_gradient(
         if dy is None:
             inner += [None] * len(layer.updates)
             continue
-        inner += [(dy @ update.B).mul_(update.scaling) for update in layer.updates]  # [T, r]
+        inner += [(update.of(dy) @ update.B).mul_(update.scaling) for update in layer.updates]  # [T, r]
         if needs_x:
             weight = layer.weight(dy.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
@@ -116,12 +129,14 @@ def input_gradient(
     if dx is None:
         return None, inner
     updates = [update for layer in layers for update in layer.updates]
-    through = [(u, dz, seed) for u, dz, seed in zip(updates, inner, seeds, strict=True) if dz is not None]
-    if any(seeds):
-        for update, dz, seed in through:
-            dx.add_(_dropped(dz @ update.A, update.dropout, seed))
-    elif through:
-        dx.addmm_(_columns([dz for _, dz, _ in through]), _rows([update for update, _, _ in through]))
+    for numbers in _by_stretch(updates):
+        through = [(updates[n], dz, seeds[n]) for n in numbers if (dz := inner[n]) is not None]
+        rows = updates[numbers[0]].of(dx)
+        if any(seeds[number] for number in numbers):
+            for update, dz, seed in through:
+                rows.add_(_dropped(dz @ update.A, update.dropout, seed))
+        elif through:
+            rows.addmm_(_columns([dz for _, dz, _ in through]), _rows([update for update, _, _ in through]))
     return dx, inner
 
 
@@ -146,7 +161,7 @@ def tensor_gradients(
             (z, of_A), (needs_A, needs_B) = next(by_update), (next(wanted), next(wanted))
             found.append(of_A.to(update.trained_in, copy=True) if needs_A and of_A is not None else None)
             # [r, out] first: a product with a long side of r columns is slow on a CPU.
-            of_B = (z.t() @ dy).t().contiguous() if needs_B and dy is not None else None
+            of_B = (z.t() @ update.of(dy)).t().contiguous() if needs_B and dy is not None else None
             found.append(None if of_B is None else of_B.to(update.trained_in).mul_(update.scaling))
     return found
 
@@ -155,14 +170,26 @@ def _gradients_of_A(
     x: Tensor, updates: Sequence[Update], seeds: Sequence[int], inner: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """[r, in] by update."""
-    if any(seeds):
-        dropped = (_dropped(x, update.dropout, seed) for update, seed in zip(updates, seeds, strict=True))
-        return [None if dz is None else dz.t() @ d for dz, d in zip(inner, dropped, strict=True)]
-    known = [dz for dz in inner if dz is not None]
-    if not known:
-        return [None] * len(inner)
-    parts = iter((_columns(known).t() @ x).split([dz.shape[1] for dz in known]))
-    return [None if dz is None else next(parts) for dz in inner]
+    found: list[Tensor | None] = [None] * len(updates)
+    for numbers in _by_stretch(updates):
+        known = [(number, dz) for number in numbers if (dz := inner[number]) is not None]
+        rows = updates[numbers[0]].of(x)
+        if any(seeds[number] for number in numbers):
+            for number, dz in known:
+                found[number] = dz.t() @ _dropped(rows, updates[number].dropout, seeds[number])
+        elif known:
+            parts = (_columns([dz for _, dz in known]).t() @ rows).split([dz.shape[1] for _, dz in known])
+            for (number, _), part in zip(known, parts, strict=True):
+                found[number] = part
+    return found
+
+
+def _by_stretch(updates: Sequence[Update]) -> list[list[int]]:
+    """The numbers of the updates of each stretch, which share products; each is with those of the same rows."""
+    stretches: dict[tuple[int, int] | None, list[int]] = {}
+    for number, update in enumerate(updates):
+        stretches.setdefault(update.stretch, []).append(number)
+    return list(stretches.values())
 
 
 def _columns(matrices: Sequence[Tensor]) -> Tensor:
@@ -178,9 +205,9 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _new_seed() -> int:
-    """From torch's generator on the CPU, which a run seeds for every step."""
-    return int(torch.randint(1, 2**62, ()))
+def _new_seed(update: Update) -> int:
+    """From the update's generator, or torch's on the CPU; a run seeds it for every step."""
+    return int(torch.randint(1, 2**62, (), generator=update.generator))
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:

@@ -16,10 +16,12 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2; a container's limit is not in the
 
 
 def default_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
+    """This thread's CUDA device, the first unless a process of several has another; else the CPU."""
     import torch
 
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
 def compute_dtype(name: str, device: str | torch.device) -> torch.dtype:

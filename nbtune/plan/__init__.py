@@ -34,6 +34,7 @@ HEAP_SHARE = 0.3  # of a step's most activations: what the C library's heap hold
 CUDA_SHARE = 0.1  # of all tensors: what CUDA's caching allocator and workspaces hold beyond them
 EFFICIENCY = 0.45  # share of the machine's matrix rate that a whole step reaches
 
+SHARDED_OPTIMISERS = ("adamw_torch_fused",)  # that take sharded weights
 ROOM = 0.95  # of the memory there is, that a plan may fill
 BUSY_TOKENS = {"cpu": 512, "cuda": 4096}  # micro-batches of so many keep the device as busy as larger ones
 
@@ -54,6 +55,8 @@ class Plan:
     trained_parameters: int
     traced: bool  # whether the activations were counted; else estimated from the model's sizes
     chosen: str = ""  # how this differs from what the spec says, and why; "" where it does not
+    processes: int = 1  # that share the passes of a step; the bytes are those of each
+    sharded: bool = False  # whether each of them keeps a share of the weights
 
     @property
     def peak_bytes(self) -> int:
@@ -67,6 +70,7 @@ class Plan:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
         duration = f", about {format_seconds(self.seconds)}" if self.seconds is not None else ""
         parts += "" if self.traced else "; activations estimated"
+        parts += f"; each of {self.processes} processes" if self.processes > 1 else ""
         chosen = f"; {self.chosen}" if self.chosen else ""
         return f"{format_bytes(self.peak_bytes)}{duration} ({parts}){chosen}"
 
@@ -75,7 +79,8 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None, in_new_process: b
     """Predict the memory and the time of `spec` on this machine, and choose what fits.
 
     `available_bytes` is the memory there is for the process; None is what is free, and what this process has already,
-    unless the run is to be in a new one.
+    unless the run is to be in a new one. A run on several processes is in new ones, with equal shares of a machine's
+    memory, or a GPU each.
 
     Raises ModelError where the model is not known, AdapterError where the method does not fit it.
     """
@@ -84,28 +89,35 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None, in_new_process: b
 
     device = default_device()
     dtype = compute_dtype(spec.model.dtype, device)
+    training, processes = spec.training, spec.training.num_processes
     held, available = _memory(device)
-    if in_new_process:
+    if in_new_process or processes > 1:
         held, available = 0, available - held
+    if device.type == "cpu":
+        available //= processes
     available = available if available_bytes is None else available_bytes
-    weights = weigh(spec, device)
-    libraries = _libraries(spec, weights, held)
+    whole = weigh(spec, device)
+    libraries = _libraries(spec, whole, held)
     layout, fitting = None, None
-    for layout in _layouts(spec, device, weights):
-        parts = _parts(layout, weights, device, libraries)
-        if sum(parts.values()) <= ROOM * available:
-            fitting = layout
+    for sharded in shardings(spec):
+        weights = whole.sharded(processes, every_weight=spec.method == "full") if sharded else whole
+        for layout in _layouts(spec, device, weights, sharded=sharded):
+            if sum(_parts(layout, device, libraries).values()) <= ROOM * available:
+                fitting = layout
+                break
+        if fitting is not None:
             break
     assert layout is not None
     chosen = fitting or layout  # the last is the smallest
-    training = spec.training
     seconds = None
     if training.max_steps > 0:
-        flops = training.max_steps * chosen.accumulation * chosen.step.flops(chosen.checkpointed)
+        # Processes on a CPU share its rate; each GPU has its own.
+        passes = chosen.passes if device.type == "cuda" else chosen.accumulation
+        flops = training.max_steps * passes * chosen.step.flops(chosen.checkpointed)
         seconds = flops / (EFFICIENCY * matrix_rate(device, dtype))
     row = training.max_length + spec.virtual_tokens
     return Plan(
-        parts=_parts(chosen, weights, device, libraries),
+        parts=_parts(chosen, device, libraries),
         tokens_per_step=chosen.rows * chosen.accumulation * row,
         seconds=seconds,
         available_bytes=available,
@@ -114,10 +126,24 @@ def plan(spec: RunSpec, *, available_bytes: int | None = None, in_new_process: b
         checkpointed_layers=chosen.checkpointed,
         layers=chosen.step.blocks,
         packing_length=chosen.rows * row if training.packing else row,
-        trained_parameters=weights.trained,
+        trained_parameters=whole.trained,
         traced=chosen.step.traced,
         chosen=_chosen(spec, chosen, fits=fitting is not None),
+        processes=processes,
+        sharded=chosen.sharded,
     )
+
+
+def shardings(spec: RunSpec) -> tuple[bool, ...]:
+    """Whether weights may be sharded, the wanted way first: `training.sharding`, where there is a choice."""
+    setting = spec.training.sharding
+    if spec.training.num_processes == 1 or setting == "none":
+        return (False,)
+    if setting == "full":
+        return (True,)
+    if spec.method == "full":
+        return (spec.training.optim in SHARDED_OPTIMISERS,)
+    return (False,) if spec.model.quantised_bytes is not None else (False, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,30 +151,45 @@ class _Layout:
     """One way to do a step."""
 
     rows: int  # of a micro-batch
-    accumulation: int
+    accumulation: int  # of all processes together
+    processes: int
     checkpointed: int
     step: Step
+    weights: Weights
+    sharded: bool
+
+    @property
+    def passes(self) -> int:
+        """How many of a step's micro-batches a process has, the one with most."""
+        return -(-self.accumulation // self.processes)
 
     def peak(self) -> Peak:
-        return self.step.peak(self.checkpointed, accumulates=self.accumulation > 1)
+        return self.step.peak(self.checkpointed, accumulates=self.passes > 1)
 
 
-def _layouts(spec: RunSpec, device: torch.device, weights: Weights) -> Iterator[_Layout]:
+def _layouts(spec: RunSpec, device: torch.device, weights: Weights, *, sharded: bool) -> Iterator[_Layout]:
     """All ways to do a step, from the one that the spec asks for to the one that takes the least memory."""
     training, setting = spec.training, spec.training.gradient_checkpointing
     rows = training.per_device_train_batch_size
-    smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
+    processes, steps = training.num_processes, training.gradient_accumulation_steps
+
+    def most_rows(size: int) -> int:
+        """Of a process, in a step with micro-batches of this size."""
+        return size * -(-steps * (rows // size) // processes)
+
+    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
+    smaller = [size for size in divisors if most_rows(size) == min(map(most_rows, divisors))]
     enough = BUSY_TOKENS[device.type]
-    free = [size for size in smaller if size == rows or size * training.max_length >= enough]
+    free = [size for size in smaller if size == smaller[0] or size * training.max_length >= enough]
 
     def layouts(size: int, *, recomputed: bool) -> Iterator[_Layout]:
         step = _step(spec, device, weights, size, recomputed=recomputed)
-        accumulation = training.gradient_accumulation_steps * (rows // size)
+        accumulation = steps * (rows // size)
         if setting is True:
             counts = range(step.blocks, step.blocks + 1)
         else:  # computing the last block again saves nothing: its activations are needed at once
             counts = range(1, step.blocks) if recomputed else range(1)
-        return (_Layout(size, accumulation, count, step) for count in counts)
+        return (_Layout(size, accumulation, processes, count, step, weights, sharded) for count in counts)
 
     if setting != "auto":
         for size in smaller:
@@ -183,9 +224,9 @@ def _libraries(spec: RunSpec, weights: Weights, held: int) -> int:
     return max(LIBRARIES_BYTES + quantised + mlflow, held + to_come)
 
 
-def _parts(layout: _Layout, weights: Weights, device: torch.device, libraries: int) -> dict[str, int]:
+def _parts(layout: _Layout, device: torch.device, libraries: int) -> dict[str, int]:
     """Bytes by part at the moment of the peak."""
-    peak = layout.peak()
+    peak, weights = layout.peak(), layout.weights
     parts = {
         "base weights": weights.base,
         "adapter": weights.adapter,
@@ -216,13 +257,16 @@ def _memory(device: torch.device) -> tuple[int, int]:
 def _chosen(spec: RunSpec, layout: _Layout, *, fits: bool) -> str:
     """What the plan changed, in words."""
     training, changed = spec.training, []
+    if layout.sharded and training.sharding == "auto" and spec.method != "full":
+        changed.append(f"weights sharded over {layout.processes} processes")
     if layout.rows != training.per_device_train_batch_size:
         changed.append(f"micro-batches of {layout.rows} x {layout.accumulation}")
     if layout.checkpointed and training.gradient_checkpointing == "auto":
         changed.append(f"{layout.checkpointed} of {layout.step.blocks} layers computed again")
     if not changed:
         return ""
-    return " and ".join(changed) + (" to fit" if fits else ", which does not suffice")
+    why = " to fit" if layout.processes == 1 else f" for {layout.processes} processes"
+    return " and ".join(changed) + (why if fits else ", which does not suffice")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

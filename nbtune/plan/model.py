@@ -39,6 +39,30 @@ class Weights:
     other_gradients: int  # of what is trained outside the blocks
     embedding_gradient: int  # of it, the embedding's
     dequantised: int  # the largest quantised weight as floats, as it is while it is used
+    block: int = 0  # the largest block of the base
+    outside: int = 0  # the base's weights outside the blocks
+
+    def sharded(self, processes: int, *, every_weight: bool) -> Weights:
+        """What one of several processes has of sharded weights, in a step.
+
+        Beside its share it has what lies outside the blocks whole, twice while it is gathered, and two blocks: the next
+        is gathered while one is computed. An adapter's weights stay whole. Where every weight is trained, gradients are
+        whole too until they are sent, from another buffer.
+        """
+        whole = 2 * (self.outside + self.block)
+
+        def share(size: int) -> int:
+            return -(-size // processes)
+
+        if not every_weight:
+            return dataclasses.replace(self, base=share(self.base) + whole)
+        return dataclasses.replace(
+            self,
+            base=share(self.base) + whole + self.outside + self.block,
+            optimiser=share(self.optimiser),
+            block_gradients=tuple(map(share, self.block_gradients)),
+            other_gradients=self.other_gradients,  # whole until the backward pass ends
+        )
 
 
 def weigh(spec: RunSpec, device: torch.device) -> Weights:
@@ -48,6 +72,7 @@ def weigh(spec: RunSpec, device: torch.device) -> Weights:
     linears = [
         module.weight for block in blocks_of(model) for module in block.modules() if isinstance(module, nn.Linear)
     ]
+    blocks = [_bytes(_tensors(block)) for block in blocks_of(model)]
     _adapt(model, spec)
     gradients = tuple(_trained_bytes(block) for block in blocks_of(model))
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -60,6 +85,8 @@ def weigh(spec: RunSpec, device: torch.device) -> Weights:
         other_gradients=_trained_bytes(model) - sum(gradients),
         embedding_gradient=_trained_bytes(model.get_input_embeddings()),
         dequantised=0,
+        block=max(blocks, default=0),
+        outside=base - sum(blocks),
     )
     return weights if spec.model.quantised_bytes is None else _quantised(weights, linears, spec.model.quantised_bytes)
 

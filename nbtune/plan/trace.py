@@ -233,7 +233,7 @@ class _Follower(TorchDispatchMode):
 
 def _has_values(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operation is on numbers that are there: borders of segments, and the seed of a dropout."""
-    if func is aten.randint.low:
+    if func in (aten.randint.low, aten.randint.low_generator):
         return args[2] == []
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return bool(tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)

@@ -131,7 +131,7 @@ class Design:
     def of_identity(cls, identity: Mapping[str, Any], notebook: Path) -> Design:
         """The design that `identity` tells of, of a notebook that lies here."""
         space = {n: Range(**values) if isinstance(values, dict) else values for n, values in identity["space"].items()}
-        others = {name: value for name, value in identity.items() if name not in ("notebook", "space")}
+        others = {name: value for name, value in identity.items() if name not in ("notebook", "space", "cwd")}
         return cls(SweepNotebook(notebook), space, **others)
 
     def identity(self) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 
+from nbtune._processes import WAIT_SECONDS, kill_family, threads_each
 from nbtune.errors import SweepError
 from nbtune.sweep.job import Ended, Job, result_file
-from nbtune.sweep.processes import WAIT_SECONDS, kill_family
 
 # Of the notebook that a sweep is started from, which is not the one that a trial executes.
 FOREIGN = ("JPY_SESSION_NAME", "JPY_PARENT_PID")
@@ -58,6 +58,9 @@ class LocalExecutor:
         self._running[job.name] = place, process
         return {"place": place, "pid": process.pid, "created": psutil.Process(process.pid).create_time()}
 
+    def waits(self, name: str) -> bool:  # noqa: ARG002 - a protocol's
+        return False  # it has had its place since it was started
+
     def ended(self) -> list[Ended]:
         done = [name for name, (_, process) in self._running.items() if process.poll() is not None]
         return [self._conclude(name) for name in done]
@@ -82,11 +85,7 @@ class LocalExecutor:
 
 def shares(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
     """The environment of each place: its threads, and its GPUs where there are any."""
-    threads = max(1, cores() // jobs)
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    if told.isdecimal():
-        threads = min(threads, int(told))
-    places = [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+    places = [{"OMP_NUM_THREADS": str(threads_each(jobs))} for _ in range(jobs)]
     if gpus:
         for number, place in enumerate(places):
             place["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number::jobs] or [gpus[number % len(gpus)]])
@@ -101,8 +100,3 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else os.cpu_count() or 1

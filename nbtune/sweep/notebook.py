@@ -80,7 +80,8 @@ class SweepNotebook:
         """The run that these parameters mean; None where the notebook's parameters are not those of a run.
 
         Settings that the notebook's code chooses are not seen. A parameter of the adapter that this method does not
-        have, or has switched off (the rank of OFT), is left out. Raises SpecError for values that no run can have.
+        have, or has switched off (the rank of OFT), is left out, as notebooks of nbtune do. Raises SpecError for values
+        that no run can have.
         """
         if not self.is_of_a_run:
             return None
@@ -95,7 +96,7 @@ class SweepNotebook:
             path = paths.get(name)
             if path is None or path in ("model.name", "data.source") or value is None:
                 continue
-            if usual or name in passed or not (path.startswith("method.") and path in switched_off):
+            if usual or not (path.startswith("method.") and path in switched_off):
                 chosen[path] = value
         return spec.updated(**chosen, **(values.get(REST) or {}))
 

@@ -10,22 +10,26 @@ import shutil
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from nbtune import shelf
+from nbtune._processes import kill_family
 from nbtune.errors import SweepError
 from nbtune.run import Run
 from nbtune.spec import RunSpec, TrackingSpec
 from nbtune.sweep.design import Design
 from nbtune.sweep.halving import Halving
-from nbtune.sweep.job import Ended, Executor, Job
+from nbtune.sweep.job import Ended, Executor, Job, lock_file, result_file
 from nbtune.sweep.ledger import BEST, TABLE, Ledger, write_best, write_table
 from nbtune.sweep.preview import Forecast, Forecaster
-from nbtune.sweep.processes import kill_family
 from nbtune.sweep.space import Point
+from nbtune.sweep.tracking import FILE as MLFLOW
 from nbtune.sweep.tracking import SweepTracker
 from nbtune.sweep.trial import METRICS, UNSUCCESSFUL, State, Trial, best
 from nbtune.sweep.wishes import Wishes
 
 INTERVAL = 0.2  # seconds between two looks at the trials
+ORDERS = "orders"  # the folder of those for other engines
 GRACE = 120.0  # seconds that a run has to end after its step, and its notebook after it, once it was told to stop
 
 
@@ -41,7 +45,7 @@ class Budget:
 
 
 @dataclasses.dataclass
-class _Running:
+class Running:
     """What is known of a trial while it runs."""
 
     began: float  # time.monotonic()
@@ -65,16 +69,17 @@ class Scheduler:
         *,
         halving: Halving | None = None,
         tracking: TrackingSpec | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.path = path
         self._design, self._budget, self._executor, self._wishes = design, budget, executor, wishes
         self._halving, self._tracking = halving, tracking
         self._ledger = Ledger(path)
         self._forecast = forecaster
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._tracker: SweepTracker | None = None
         self._specs: dict[int, RunSpec | None] = {}  # by trial
-        self._cwd = Path.cwd()
+        self._cwd = cwd or Path.cwd()
 
     def live(self) -> None:
         """Do what is left of the sweep. Raises SweepError where its notebook makes no runs."""
@@ -85,12 +90,62 @@ class Scheduler:
             self._ledger.append("open")
             self._plan_points()
             self._tracker = self._track()
+            self._take_in()
+            self._catch_up()
             self._learn()
             while self._step(out_of_time=self._is_spent(began)):
                 time.sleep(INTERVAL)
         finally:
             self._executor.close()
             self._conclude()
+
+    def orders(self) -> list[Path]:
+        """A file for each trial that waits, for `python -m nbtune.sweep.worker`; what they do, `live` takes in."""
+        if self._design.adaptive:
+            raise SweepError("A search chooses its trials from results", "", "Use sampler='grid' or 'random'.")
+        self._ledger.open()
+        try:
+            self._ledger.append("open")
+            self._plan_points()
+            self._tracker = self._track()
+            self._take_in()
+            waiting = [trial for trial in self._trials().values() if trial.state == "waiting"]
+            return [self._ordered(dataclasses.replace(trial, attempt=trial.attempt + 1)) for trial in waiting]
+        finally:
+            self._conclude()
+
+    def _ordered(self, trial: Trial) -> Path:
+        self._put_aside(trial)
+        file = self._order_file(trial)
+        file.parent.mkdir(exist_ok=True)
+        self._job(trial).write(file)
+        return file
+
+    def _order_file(self, trial: Trial) -> Path:
+        return self.path / ORDERS / f"{trial.name}.json"
+
+    def _require_free(self, trial: Trial) -> None:
+        """Raise SweepError where another engine is at a trial."""
+        if not self._order_file(trial).exists():
+            return
+        try:
+            with FileLock(lock_file(self._order_file(trial))).acquire(timeout=0):
+                return
+        except Timeout as error:
+            raise SweepError(f"Trial {trial.number} runs elsewhere", "", "Wait for it, or end it there.") from error
+
+    def _take_in(self) -> None:
+        """Write down what other engines did of the orders that were written for them."""
+        for trial in self._trials().values():
+            result = result_file(self._order_file(trial))
+            if trial.state == "waiting":
+                self._require_free(trial)
+            if trial.state == "waiting" and result.exists():
+                ended = Ended.read(result, trial.name, code=None)
+                self._ledger.append("start", trial=trial.number, attempt=trial.attempt + 1)
+                self._running[trial.number] = Running(time.monotonic() - (ended.seconds or 0))
+                self._record(ended)
+            result.unlink(missing_ok=True)
 
     def _is_spent(self, began: float) -> bool:
         return self._budget.hours is not None and time.monotonic() - began > 3600 * self._budget.hours
@@ -104,6 +159,8 @@ class Scheduler:
             self._record(ended)
         for number in list(self._running):
             self._look(self._trials()[number])
+        for point in self._wishes.take_added():
+            self._add(point)
         if not (self._wishes.stop_all or out_of_time):
             while self._executor.free and (trial := self._next()) is not None:
                 self._start(trial)
@@ -147,8 +204,6 @@ class Scheduler:
 
     def _next(self) -> Trial | None:
         """The trial to start now; None where there is none."""
-        for point in self._wishes.take_added():
-            self._add(point)
         while True:
             self._drop_stopped()
             trials = self._trials()
@@ -173,7 +228,7 @@ class Scheduler:
         self._put_aside(trial)
         facts = self._executor.start(self._job(trial))
         self._ledger.append("start", trial=trial.number, attempt=trial.attempt, **facts)
-        self._running[trial.number] = _Running(time.monotonic())
+        self._running[trial.number] = Running(time.monotonic())
 
     def _job(self, trial: Trial) -> Job:
         runs_dir = self.path / "runs"
@@ -189,6 +244,7 @@ class Scheduler:
             cwd=self._cwd,
             environment={"NBTUNE_RUNS": str(runs_dir), "NBTUNE_TRIAL": trial.run_prefix},
             log=trial.log,
+            memory_bytes=trial.predicted_bytes,
         )
 
     def _put_aside(self, trial: Trial) -> None:
@@ -203,6 +259,8 @@ class Scheduler:
     def _look(self, trial: Trial) -> None:
         """End a running trial whose time is over, or that somebody or its own loss says to stop."""
         running, now = self._running[trial.number], time.monotonic()
+        if self._executor.waits(trial.name):
+            running.began = now
         run = running.run = running.run or trial.run
         if run is not None and self._tracker is not None:
             self._tracker.adopt(run.path)
@@ -249,13 +307,12 @@ class Scheduler:
             seconds=round(time.monotonic() - running.began, 3),
         )
         if run is not None and self._tracker is not None:
-            self._tracker.adopt(run.path)
-            self._tracker.attach(run.path, trial.notebook)
+            self._tracker.complete(run.path, trial.notebook, tracked=run.spec.tracking.mlflow)
         self._write_results()
         if ended.outcome == "finished" and run is None and not any(other.run_id for other in self._trials().values()):
             raise SweepError(f"{self._design.notebook.path.name} makes no runs", error or "", f"See {trial.notebook}.")
 
-    def _verdict(self, running: _Running, ended: Ended, run: Run | None) -> tuple[State, str | None]:
+    def _verdict(self, running: Running, ended: Ended, run: Run | None) -> tuple[State, str | None]:
         if running.killed == "timed out":
             return "timed out", f"It took more than {self._budget.timeout:g} s."
         if running.killed is not None:
@@ -286,6 +343,16 @@ class Scheduler:
         for trial in self._trials().values():
             if self._halving is not None and trial.run_id is not None and trial.run is not None:
                 self._halving.falls_behind(trial.number, trial.run.events())
+
+    def _catch_up(self) -> None:
+        """Tell MLflow what an earlier life of the sweep was killed before it could."""
+        for trial in self._trials().values():
+            if self._tracker is None or trial.run_id is None or (run := trial.run) is None:
+                continue
+            if run.spec.tracking.mlflow and not (run.path / MLFLOW).exists():
+                self._tracker.complete(run.path, trial.notebook, tracked=True)
+            else:
+                self._tracker.adopt(run.path)
 
     def _track(self) -> SweepTracker | None:
         first = next((spec for spec in self._specs.values() if spec is not None), None)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +25,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from nbtune import _files
-from nbtune.errors import SweepError
+from nbtune.errors import SweepError, told
 from nbtune.spec import TrackingSpec
+from nbtune.sweep.cluster import Cluster, RayExecutor, look, require_ray
 from nbtune.sweep.design import Design
 from nbtune.sweep.halving import Halving
+from nbtune.sweep.job import Executor
 from nbtune.sweep.ledger import FILE, Ledger
 from nbtune.sweep.local import LocalExecutor, visible_gpus
 from nbtune.sweep.notebook import SweepNotebook
 from nbtune.sweep.preview import Forecaster, Preview
 from nbtune.sweep.scheduler import Budget, Scheduler
 from nbtune.sweep.space import Space
+from nbtune.sweep.together import Together, TogetherScheduler, foretell
 from nbtune.sweep.trial import UNSUCCESSFUL, Trial, best, find, interrupted
 from nbtune.sweep.wishes import Wishes
 from nbtune.train.control import leave_wish
@@ -61,9 +66,11 @@ def sweep(
     timeout: float | None = None,
     jobs: int = 1,
     gpus: list[str] | None = None,
+    ray: str | None = None,
     memory_bytes: int | None = None,
     halving: Halving | None = None,
     retry: bool = False,
+    together: Together = False,
     tracking: TrackingSpec | None = None,
     out: str | Path | None = None,
     start: bool = True,
@@ -87,9 +94,13 @@ def sweep(
         timeout: Seconds after which a trial is killed.
         jobs: How many trials run at a time, each with its share of the threads and the GPUs.
         gpus: The GPUs to use, as `CUDA_VISIBLE_DEVICES` names them; None is all.
+        ray: Run trials on Ray: on the cluster that this machine is part of ("auto"), on the one at this address, or on
+            one that is started here and ends with the sweep ("local").
         memory_bytes: What one trial may take; None is its share of what is free. Larger ones are refused.
         halving: Stops trials early that fall behind others.
         retry: Also do again what failed, died or timed out.
+        together: Train trials that share a base model in one process on one base; "auto" where the plan says that this
+            is faster.
         tracking: Where the sweep's own record is kept; None is where its first trial's is.
         out: The sweep's folder; None is `sweeps/<notebook>-<a digest of what is asked>`.
         start: False returns it before it starts, so that its `preview` can be looked at.
@@ -101,7 +112,9 @@ def sweep(
     )
     path = (Path(out) if out is not None else design.default_folder()).resolve()
     budget = Budget(trials, hours, timeout, memory_bytes, retry=retry)
-    made = Sweep(path, design, budget, jobs=jobs, gpus=gpus, halving=halving, tracking=tracking)
+    made = Sweep(
+        path, design, budget, jobs=jobs, gpus=gpus, ray=ray, halving=halving, tracking=tracking, together=together
+    )
     made.require()
     if start:
         made.start()
@@ -119,16 +132,20 @@ class Sweep:
         *,
         jobs: int = 1,
         gpus: list[str] | None = None,
+        ray: str | None = None,
         halving: Halving | None = None,
         tracking: TrackingSpec | None = None,
+        together: Together = False,
     ) -> None:
         self.path = path.resolve()
         self.design = design
         self.jobs = jobs
         self._budget = budget or Budget()
+        self.ray = ray
         self._gpus = gpus
         self._halving = halving
         self._tracking = tracking
+        self._together: Together = together
         self._ledger = Ledger(self.path)
         self._wishes = Wishes(self.path)
         self._thread: threading.Thread | None = None
@@ -171,9 +188,25 @@ class Sweep:
         return best(self.trials, self.design.metric, maximise=self.design.maximise)
 
     @property
+    def forecaster(self) -> Forecaster:
+        """What plans its trials, for the memory that each may take; it keeps what it planned."""
+        return self._forecaster
+
+    @property
+    def to_come(self) -> int:
+        """How many trials there will be beside `trials`: those that a sampler chooses as results come in."""
+        return max(0, (self._budget.trials or 0) - len(self.trials)) if self.design.adaptive else 0
+
+    @property
     def preview(self) -> Preview:
         """All trials, with the time and the memory that each will take."""
         return self.design.preview(self._forecaster, trials=self._budget.trials, jobs=self.jobs)
+
+    def grouping(self) -> str:
+        """How the known trials are trained together, and what that saves; "" where each is trained by itself."""
+        specs = [self.design.spec(point) for point in self.design.points(self._budget.trials)]
+        known = [spec for spec in specs if spec is not None]
+        return foretell(known, self._memory()) if self._together and known else ""
 
     @functools.cached_property
     def _forecaster(self) -> Forecaster:
@@ -192,6 +225,11 @@ class Sweep:
             return "stopped" if events[-1]["type"] == "close" else "interrupted"
         return "finished"
 
+    @property
+    def error(self) -> str | None:
+        """What ended the sweep itself, in words for a person; None where nothing did. Trials have their own."""
+        return told(self._exception) if self._exception is not None else None
+
     def events(self) -> list[Event]:
         """What happened so far; see `nbtune.sweep.ledger` for the fields."""
         return self._ledger.events()
@@ -204,6 +242,11 @@ class Sweep:
     def require(self) -> None:
         """Raise NbtuneError where the sweep cannot be started: what its trials would fail of, another in its folder."""
         LocalExecutor(self.jobs, self.path, self._gpus or [])
+        if self.ray is not None:
+            require_ray(self.ray, self._gpus)
+            if self._together:
+                message = "Trials are trained together in one process of this machine."
+                raise SweepError("together and ray exclude each other", message, "Leave one of them out.")
         self._require_own_folder()
         if self.status != "finished" or self._has_more():
             self.design.require(self._budget.trials, self.path / "runs")
@@ -216,23 +259,26 @@ class Sweep:
         """
         if self.status == "finished" and not self._has_more():
             return self
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", thread_local=False)
-        try:
-            lock.acquire(timeout=1)  # whoever looks whether it runs holds it for a moment
-        except Timeout as error:
-            raise SweepError(f"{self.id} is running already", str(self.path), "Stop it, or wait for it.") from error
-        try:
-            self._require_own_folder()
-            self._settle()
-        except BaseException:
-            lock.release()
-            raise
+        lock = self._taken()
         self._exception = None
         self._wishes.go_on()
         self._thread = threading.Thread(target=self._live, args=(lock,), name=f"nbtune-{self.id}", daemon=True)
         self._thread.start()
         return self
+
+    def commands(self) -> list[str]:
+        """A command of a shell for each trial that waits: for any engine to run, in any order, where this folder is.
+
+        The same call takes in what they did, and does what is left. Raises SweepError where a process is at it.
+        """
+        lock = self._taken()
+        try:
+            words = (sys.executable, "-P", "-m", "nbtune.sweep.worker", "--alone")
+            return [
+                shlex.join([*words, str(file)]) for file in self._scheduler(LocalExecutor(1, self.path, [])).orders()
+            ]
+        finally:
+            lock.release()
 
     def stop(self, trial: int | Trial | None = None) -> None:
         """Have one trial, or all, end after the step in progress; adapters are kept.
@@ -273,33 +319,89 @@ class Sweep:
         return self
 
     def watch(self, console: Console | None = None) -> Sweep:
-        """Show the trials as they go on until the sweep ends; Ctrl-C interrupts it, and the same call goes on."""
-        from nbtune.sweep.terminal import watch
+        """Show the trials as they go on until the sweep ends; an interrupt ends it, and the same call goes on.
 
-        watch(self, console)
+        In a notebook this is the leaderboard, in a terminal a table on `console`.
+        """
+        from nbtune_widgets import in_kernel, watch_sweep
+
+        if console is None and in_kernel():
+            watch_sweep(self)
+        else:
+            from nbtune.sweep.terminal import watch
+
+            watch(self, console)
         return self.wait()
+
+    async def watch_async(self) -> Sweep:
+        """As `watch` in a notebook, but awaited: the leaderboard's buttons work while the cell runs."""
+        from nbtune_widgets import watch_sweep_async
+
+        await watch_sweep_async(self)
+        return self.wait()
+
+    def show(self) -> None:
+        """Show the leaderboard in this cell and return at once; it follows the sweep. In a terminal a line of text."""
+        from nbtune_widgets import show_sweep
+
+        show_sweep(self)
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
+    def _taken(self) -> FileLock:
+        """Make the folder this sweep's. Returns its lock, held."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", thread_local=False)
+        try:
+            lock.acquire(timeout=1)  # whoever looks whether it runs holds it for a moment
+        except Timeout as error:
+            raise SweepError(f"{self.id} is running already", str(self.path), "Stop it, or wait for it.") from error
+        try:
+            self._require_own_folder()
+            self._settle()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def _scheduler(self, executor: Executor) -> Scheduler:
+        kind = Scheduler
+        if self._together:
+            kind = functools.partial(TogetherScheduler, together=self._together, memory_bytes=self._memory())
+        return kind(
+            self.path,
+            self.design,
+            self._budget,
+            executor,
+            self._wishes,
+            self._forecaster,
+            halving=self._halving,
+            tracking=self._tracking,
+            cwd=self._cwd(),
+        )
 
     def _live(self, lock: FileLock) -> None:
         """The body of the sweep's thread."""
-        orders = self.path / ".jobs"
         try:
-            executor = LocalExecutor(self.jobs, orders, self._gpus)
-            Scheduler(
-                self.path,
-                self.design,
-                self._budget,
-                executor,
-                self._wishes,
-                self._forecaster,
-                halving=self._halving,
-                tracking=self._tracking,
-            ).live()
+            self._scheduler(self._executor()).live()
         except OSError as error:
             self._exception = SweepError(f"{self.id} could not go on", str(error), "Mend that; the same call goes on.")
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by wait()
             self._exception = error
         finally:
             lock.release()
+
+    def _cwd(self) -> Path:
+        """Where trials run: where the sweep was first called, for its relative paths; here, where that is gone."""
+        told = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+        first = Path(told.get("cwd", ""))
+        return first if first.is_absolute() and first.is_dir() else Path.cwd()
+
+    def _executor(self) -> Executor:
+        if self.ray is not None:
+            return RayExecutor(self.ray, self.jobs, self.path, self._gpus)
+        return LocalExecutor(self.jobs, self.path / ".jobs", self._gpus)
 
     def _has_more(self) -> bool:
         """Whether there are trials to do of a sweep whose trials have all ended: a larger budget, added points."""
@@ -318,7 +420,8 @@ class Sweep:
             with _files.atomic_file(copy) as file:
                 shutil.copyfile(self.design.notebook.path, file)
         if not (self.path / IDENTITY).exists():
-            _files.write_text(self.path / IDENTITY, json.dumps(self.design.identity(), indent=2) + "\n")
+            told = {**self.design.identity(), "cwd": str(Path.cwd())}
+            _files.write_text(self.path / IDENTITY, json.dumps(told, indent=2) + "\n")
         self.design = dataclasses.replace(self.design, notebook=SweepNotebook(copy))
 
     def _require_own_folder(self) -> None:
@@ -338,10 +441,17 @@ class Sweep:
         """Bytes that one trial may take; None for a notebook whose trials cannot be planned."""
         if self._budget.memory_bytes is not None or not self.design.notebook.is_of_a_run:
             return self._budget.memory_bytes
+        if self._cluster is not None:
+            return self._cluster.memory_bytes or sys.maxsize
         from nbtune.models import available_memory, default_device
 
         gpus = len(visible_gpus() if self._gpus is None else self._gpus) if default_device().type == "cuda" else 1
         return available_memory(default_device()) // -(-self.jobs // gpus)
+
+    @functools.cached_property
+    def _cluster(self) -> Cluster | None:
+        """The machines of the cluster; None where trials run on this one."""
+        return look(self.ray) if self.ray not in (None, "local") else None
 
     def _is_alive(self) -> bool:
         """Whether a thread of this process or another process is at it."""

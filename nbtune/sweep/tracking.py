@@ -15,6 +15,7 @@ from typing import Any
 from nbtune import _files
 from nbtune.spec import TrackingSpec
 from nbtune.store import experiment_id, initialise, require_reachable, tracking_uri
+from nbtune.train.tracking import sync
 
 FILE = "mlflow.json"
 PARENT_TAG = "mlflow.parentRunId"
@@ -48,10 +49,21 @@ class SweepTracker:
             self._adopted.add(run_path)
             self._wishes.put(lambda: self._client.set_tag(run_id, PARENT_TAG, self.run_id))
 
-    def attach(self, run_path: Path, notebook: Path) -> None:
-        """Put a trial's executed notebook beside the other files of its run."""
-        if (run_id := _run_id(run_path, self._uri)) is not None and notebook.exists():
-            self._wishes.put(lambda: self._client.log_artifact(run_id, str(notebook)))
+    def complete(self, run_path: Path, notebook: Path, *, tracked: bool) -> None:
+        """Put a trial's executed notebook beside the other files of its run, which has ended.
+
+        What another machine trained is not in a database of this one yet, and is sent there first, if it is `tracked`.
+        """
+
+        def send() -> None:
+            if tracked and not (run_path / FILE).exists():
+                sync(run_path)
+            if (run_id := _run_id(run_path, self._uri)) is not None:
+                self._client.set_tag(run_id, PARENT_TAG, self.run_id)
+                if notebook.exists():
+                    self._client.log_artifact(run_id, str(notebook))
+
+        self._wishes.put(send)
 
     def abandon(self, run_path: Path) -> None:
         """Say of a run that was interrupted, and is done again from the beginning, that it ended."""

@@ -69,11 +69,17 @@ class Trial:
         return self.sweep / f"{self.name}.log"
 
     @property
-    def run(self) -> Run | None:
-        """The last run that the notebook made, None where there is none (yet)."""
+    def run_path(self) -> Path | None:
+        """The folder of the last run that the notebook made, None where there is none (yet)."""
         specs = (self.sweep / "runs").glob(f"{self.run_prefix}-*/spec.yaml")
         newest = max(specs, key=lambda file: file.stat().st_mtime, default=None)
-        return Run.at(newest.parent) if newest is not None else None
+        return newest.parent if newest is not None else None
+
+    @property
+    def run(self) -> Run | None:
+        """The last run that the notebook made, None where there is none (yet)."""
+        path = self.run_path
+        return Run.at(path) if path is not None else None
 
 
 def fold(sweep: Path, events: Iterable[Event]) -> dict[int, Trial]:

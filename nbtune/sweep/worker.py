@@ -1,4 +1,4 @@
-"""The process of a job: `python -m nbtune.sweep.worker JOB.json`, see `nbtune.sweep.job`.
+"""The process of a job: `python -m nbtune.sweep.worker [--alone] JOB.json`, see `nbtune.sweep.job`.
 
 Papermill writes a notebook in place, and a kill at that moment would leave half of one; here every state of it is a
 whole file.
@@ -6,18 +6,20 @@ whole file.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import signal
 import sys
-import threading
+import time
 from pathlib import Path
 
+from filelock import FileLock
+
 from nbtune import _files
+from nbtune._processes import end_with_parent
 from nbtune.errors import NbtuneError
 from nbtune.notebook import KernelDiedError, execute
-from nbtune.sweep.job import Ended, Job, result_file
-from nbtune.sweep.processes import kill_family
+from nbtune.sweep.job import Ended, Job, lock_file, result_file
 
 
 class WholeFiles:
@@ -38,11 +40,16 @@ class WholeFiles:
 
 def main() -> None:
     """Execute the job in the file that the command line names, and write how it ended."""
-    file = Path(sys.argv[1])
+    *options, name = sys.argv[1:]
+    file = Path(name)
     job = Job.read(file)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    ended = run(job)
-    ended.write(result_file(file))
+    os.environ.update(job.environment)
+    if "--alone" not in options:
+        end_with_parent()
+    began = time.monotonic()
+    with FileLock(lock_file(file)):
+        ended = dataclasses.replace(run(job), seconds=round(time.monotonic() - began, 3))
+        ended.write(result_file(file))
     sys.exit(0 if ended.outcome == "finished" else 1)
 
 
@@ -59,6 +66,8 @@ def run(job: Job) -> Ended:
         return Ended(job.name, "died", str(error))
     except NbtuneError as error:
         return Ended(job.name, "failed", str(error))
+    except OSError as error:  # of a full disk, the last whole state of the notebook is kept
+        return Ended(job.name, "failed", f"Its notebook could not be executed or written.\n{error}")
     return Ended(job.name, "finished")
 
 
@@ -71,14 +80,6 @@ def mark(notebook: Path, text: str) -> None:
     book = nbformat.read(notebook, as_version=4)
     book.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{text}**", metadata={"tags": ["nbtune-trial"]}))
     _files.write_text(notebook, nbformat.writes(book))
-
-
-def _end_with_parent() -> None:
-    """Wait until standard input closes: with the process that started this one, even where that was killed."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    kill_family(os.getpid())
-    os.kill(os.getpid(), signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
 
 
 if __name__ == "__main__":

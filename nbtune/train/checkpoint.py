@@ -22,21 +22,34 @@ from torch.optim import Optimizer
 
 from nbtune._files import atomic_folder
 from nbtune.errors import RunError
+from nbtune.train.sharding import fill, like, whole
 
 FORMAT = 1
 
 
-def save(folder: Path, step: int, parameters: Mapping[str, Tensor], optimizer: Optimizer, keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    keep: int,
+    *,
+    writes: bool = True,
+) -> Path:
     """Write the checkpoint of `step` (optimiser steps done) under `folder` and drop all but the newest `keep`.
 
-    Writing the step that is already there is a no-op: a checkpoint is a function of the step.
+    Writing the step that is already there is a no-op: a checkpoint is a function of the step. Sharded tensors are put
+    together by all processes, one of which `writes`.
     """
     path = folder / f"step-{step:08d}"
+    weights = {name: whole(tensor.detach(), keep=writes).cpu().contiguous() for name, tensor in parameters.items()}
+    averages = _optimizer_tensors(parameters, optimizer, keep=writes)
+    if not writes:
+        return path
     if not path.exists():
         with atomic_folder(path) as temporary:
-            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
             save_file(weights, temporary / "weights.safetensors")
-            save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
+            save_file(averages, temporary / "optimizer.safetensors")
             state = {"format": FORMAT, "step": step, "torch": torch.__version__}
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
@@ -74,20 +87,20 @@ def load(path: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> 
             "Resume with the spec, the model and the version of nbtune that the run was started with.",
         )
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        fill(parameter, weights[name])
 
     _load_optimizer(load_file(path / "optimizer.safetensors"), parameters, optimizer)
     return step
 
 
-def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: Optimizer, *, keep: bool) -> dict[str, Tensor]:
     """What `optimizer` keeps of each parameter. A Python count (bitsandbytes' step) is stored as an int64 scalar."""
     tensors = {}
     for parameter, name in _optimizer_names(parameters, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
             # A copy: the maps of 8-bit values are one tensor that all parameters share.
-            tensors[f"{name}:{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{name}:{key}"] = whole(tensor.detach(), keep=keep).to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -100,7 +113,11 @@ def _load_optimizer(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tens
     if any("state1" in state for state in states.values()):
         _load_bitsandbytes({parameter: states[name] for parameter, name in names.items() if name in states}, optimizer)
         return
-    numbered = {index: states[name] for index, name in enumerate(names.values()) if name in states}
+    numbered = {
+        index: {key: like(value, parameter) if value.ndim else value for key, value in states[name].items()}
+        for index, (parameter, name) in enumerate(names.items())
+        if name in states
+    }
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -18,15 +18,19 @@ PAUSE_SECONDS = 0.1  # between two questions whether to go on
 class Control:
     """The last wish for the run at `path`: of any thread of this process, or of another one, which leaves it in a file.
 
-    The training thread looks before every forward pass, and ten times a second while it waits.
+    The training thread looks before every forward pass, and ten times a second while it waits. Where a run is trained
+    by other processes (`passes_on`), this one only leaves its wishes there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, passes_on: bool = False) -> None:
         self._file = path / FILE
         self._wish: Wish = "go on"
+        self._passes_on = passes_on
 
     @property
     def wish(self) -> Wish:
+        if self._passes_on:
+            return self._wish
         try:
             text = self._file.read_text(encoding="utf-8")
             self._file.unlink()
@@ -38,8 +42,11 @@ class Control:
 
     @wish.setter
     def wish(self, wish: Wish) -> None:
-        self._file.unlink(missing_ok=True)
         self._wish = wish
+        if self._passes_on:
+            leave_wish(self._file.parent, wish)
+        else:
+            self._file.unlink(missing_ok=True)
 
     def should_stop(self) -> bool:
         return self.wish == "stop"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nbtune.spec import RunSpec
-from nbtune.train.events import Event
+from nbtune.train.events import Event, EventLog
 
 Status = Literal["created", "running", "paused", "stopped", "finished", "failed", "interrupted"]
 
@@ -21,6 +22,25 @@ class Progress:
     eta_seconds: float | None
     tokens_per_second: float | None
     message: str  # what is being done now
+
+
+class Journal:
+    """Writes the events of a run in its folder, and a line of `log.txt` for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._events = EventLog(folder)
+        self._log = (folder / "log.txt").open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: Event) -> None:
+        self._log.write(log_line(self._events.append(event)) + "\n")
+
+    def note(self, text: str) -> None:
+        """Write `text` into the log."""
+        self._log.write(text)
+
+    def close(self) -> None:
+        self._events.close()
+        self._log.close()
 
 
 def progress(events: list[Event], status: Status) -> Progress:
@@ -71,6 +91,7 @@ def summarise(run_id: str, spec: RunSpec, events: list[Event], status: str) -> d
         "micro_batch_size": start.get("micro_batch_size"),
         "accumulation": start.get("accumulation"),
         "checkpointed_layers": start.get("checkpointed_layers"),
+        "processes": start.get("processes", 1),
         "trainable_parameters": start.get("trainable_parameters"),
         "total_parameters": start.get("total_parameters"),
         "started": events[0]["time"] if events else None,

@@ -19,9 +19,8 @@ class EventLog:
     """Appends events to a folder's file; each line is on its way to the disk before `append` returns."""
 
     def __init__(self, folder: Path, *, file: str = FILE) -> None:
-        path = folder / file
-        _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        mend(folder, file=file)
+        self._file = (folder / file).open("a", encoding="utf-8", buffering=1)
 
     def append(self, event: Event) -> Event:
         """Write `event` with the time it happened; returns it as written."""
@@ -82,13 +81,14 @@ def _living(events: list[Event]) -> list[Event]:
     return living
 
 
-def _drop_torn_line(path: Path) -> None:
+def mend(folder: Path, *, file: str = FILE) -> None:
     """Cut off what follows the last line end, so that the next event starts on a line of its own."""
+    path = folder / file
     if not path.exists():
         return
-    with path.open("r+b") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
+    with path.open("r+b") as lines:
+        data = lines.read()
+        lines.truncate(data.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:

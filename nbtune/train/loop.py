@@ -36,6 +36,8 @@ from nbtune.train.optim import build_optimizer, learning_rate
 from nbtune.train.room import Room, is_out_of_memory
 from nbtune.train.samples import Sampler, report_samples
 from nbtune.train.schedule import Schedule
+from nbtune.train.sharding import whole
+from nbtune.train.world import ALONE, World
 
 OnEvent = Callable[[Event], None]
 
@@ -63,6 +65,7 @@ def train(
     should_stop: Callable[[], bool],
     should_pause: Callable[[], bool] = lambda: False,
     sampler: Sampler | None = None,
+    world: World = ALONE,
 ) -> Outcome:
     """Train what requires gradients in `loss_model`, from the newest checkpoint under `checkpoints` if there is one.
 
@@ -78,8 +81,10 @@ def train(
         room: Lays the steps out, smaller once memory runs out; the step in which it does is done again.
         on_event: Told what happens; see docs/architecture.md for the events.
         should_stop: Asked before every forward pass. The step in progress is given up: checkpoints are of whole steps.
+            Several processes are asked before every step, as they are whether to pause.
         should_pause: Asked before every step, and while the loop waits as long as it says yes.
         sampler: Answers a few questions at each evaluation.
+        world: The processes that train this run together.
 
     Raises:
         NbtuneError: The loss is no longer a number, or one example is too much for the memory.
@@ -98,42 +103,46 @@ def train(
     model, prepared = accelerator.prepare(loss_model, optimizer)
     if saved := checkpoint.checkpoints(checkpoints):
         start = checkpoint.load(saved[-1], state, optimizer)
+    world.require_one_start(start)
+    world.equalise(state.values())
     in_precision = functools.partial(precision, loss_model, device.type, compute_dtype)
 
     def evaluate(step: int) -> None:
-        _evaluate(model, held_out, in_precision, step, on_event)
+        _evaluate(model, held_out, in_precision, step, on_event, world)
         if sampler is not None:
             with in_precision():
-                report_samples(sampler, step, on_event)
+                loss_model.within(functools.partial(report_samples, sampler, step, on_event))
 
     loss_model.verify(**_probe(schedule, device))
     if start == 0:
         evaluate(start)
     done, stopped = start, False
 
-    @casts_kept()
     def accumulate(step: int, batches: list[Batch], num_items: int) -> Tensor | Batch | None:
         """Add up the gradients of a step: its loss, correct tokens and entropy [3]; or the batch in which memory ran
         out; or None if asked to stop.
         """
         sums = torch.zeros(3, dtype=torch.float32, device=device)
         for index, batch in enumerate(batches):
-            if should_stop():
+            if world.alone and should_stop():
                 return None
+            number = index * world.size + world.rank  # among the micro-batches of all processes
             try:
-                with _seeded(training.seed, step, index, device), in_precision():
+                with _seeded(training.seed, step, number, device), in_precision():
                     output = model(**_tensors(batch, device), num_items=num_items)
                 sums += torch.stack(output).detach()
-                penalty = adapted.penalty() if adapted is not None and index == 0 else None  # once a step
+                penalty = adapted.penalty() if adapted is not None and number == 0 else None  # once a step
                 accelerator.backward(output.loss if penalty is None else output.loss + penalty)
                 if device.type == "cpu":
                     trim_heap()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or world.in_step:
                     raise
                 return batch
         return sums
 
+    if not world.in_step:  # casts of sharded weights would be the whole model after all
+        accumulate = casts_kept()(accumulate)
     model.train()
     if training.torch_compile:
         batches = room.micro_batches(schedule.micro_batches(0))
@@ -145,24 +154,33 @@ def train(
 
         on_event({"type": "status", "message": "compiling the blocks"})
         on_event(compile_and_time(loss_model.model, one_pass, len(batches), total_steps - start))
+    should_pause, stops_here = world.agreed(should_pause), world.agreed(should_stop)
     for step in range(start, total_steps):
         if should_pause():
-            _save(checkpoints, step, state, optimizer, training, on_event)
+            _save(checkpoints, step, state, optimizer, training, on_event, world)
             wait_while(should_pause, step, on_event)
+        if stopped := not world.alone and stops_here():
+            break
         began = time.perf_counter()
         micro_batches = schedule.micro_batches(step)
         num_items = sum(_supervised(batch) for batch in micro_batches)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(step, total_steps, training)
 
-        while isinstance(sums := accumulate(step, room.micro_batches(micro_batches), num_items), Batch):
+        own = world.share(micro_batches)
+        while world.any(isinstance(sums := accumulate(step, room.micro_batches(own), num_items), Batch)):
             prepared.zero_grad()
             release(device)
+            if not isinstance(sums, Batch):
+                continue  # memory ran out in another process
             how = room.give_way(sums, memory.peak_bytes)
             on_event({"type": "warning", "message": f"Memory ran out in step {step + 1}, which is done again: {how}."})
         if stopped := sums is None:
             break
+        assert isinstance(sums, Tensor)
 
+        sums = world.sum(sums)
+        sent = world.sum_gradients(parameters.values())
         grad_norm = accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf)
         assert grad_norm is not None
         prepared.step()
@@ -184,20 +202,21 @@ def train(
                 "mean_token_accuracy": correct / num_items,
                 "entropy": entropy / num_items,
                 "learning_rate": learning_rate(step, total_steps, training),
-                "grad_norm": float(grad_norm),
+                "grad_norm": float(whole(grad_norm)),
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "supervised_tokens": num_items,
                 "memory_bytes": used_bytes(device),
                 "peak_memory_bytes": memory.peak_bytes,
+                **({"sent_bytes": sent} if sent else {}),
             }
         )
         last = done == total_steps
         if last or (training.eval_steps and done % training.eval_steps == 0):
             evaluate(done)
         if not last and training.save_steps and done % training.save_steps == 0:
-            _save(checkpoints, done, state, optimizer, training, on_event)
-    _save(checkpoints, done, state, optimizer, training, on_event)
+            _save(checkpoints, done, state, optimizer, training, on_event, world)
+    _save(checkpoints, done, state, optimizer, training, on_event, world)
     accelerator.free_memory()
     return Outcome(done, stopped)
 
@@ -209,6 +228,7 @@ def _evaluate(
     precision: Callable[[], AbstractContextManager[Any]],
     step: int,
     on_event: OnEvent,
+    world: World,
 ) -> None:
     """Report the loss and the accuracy per labelled token over the held-out rows, if there are any."""
     if not held_out:
@@ -218,9 +238,10 @@ def _evaluate(
     total = sum(_supervised(batch) for batch in held_out)
     model.eval()
     with precision():
-        parts = [torch.stack(model(**_tensors(batch, device), num_items=total)) for batch in held_out]
+        parts = [torch.stack(model(**_tensors(batch, device), num_items=total)) for batch in world.share(held_out)]
     model.train()
-    loss, correct, _ = torch.stack(parts).sum(0).tolist()
+    sums = torch.stack(parts).sum(0) if parts else torch.zeros(3)  # there may be fewer batches than processes
+    loss, correct, _ = world.sum(sums).tolist()
     on_event(
         {
             "type": "eval",
@@ -239,8 +260,11 @@ def _save(
     optimizer: torch.optim.Optimizer,
     training: TrainingSpec,
     on_event: OnEvent,
+    world: World,
 ) -> None:
-    path = checkpoint.save(folder, step, state, optimizer, training.save_total_limit)
+    if not (world.is_first or world.in_step):
+        return
+    path = checkpoint.save(folder, step, state, optimizer, training.save_total_limit, writes=world.is_first)
     on_event({"type": "checkpoint", "step": step, "path": path.name})
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from nbtune.errors import ModelError
 from nbtune.kernels.attention import segment_arguments
 from nbtune.kernels.linear_cross_entropy import LossOutput, cross_entropy_of_head
 from nbtune.peft.prompt import packed
+
+T = TypeVar("T")
 
 # What architectures do to the logits after the head, by the name of the setting in their config.
 SOFTCAP = "final_logit_softcapping"  # Gemma 2 and later
@@ -56,7 +59,13 @@ class CausalLMLoss(nn.Module):
             max_length: Longest segment.
             num_items: Labelled tokens of the whole accumulated batch.
         """
-        hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
+        hidden = self.hidden(input_ids, position_ids, cu_seq_lens, max_length)
+        return self.of_hidden(hidden, labels, num_items, self.label_smoothing if self.training else 0.0)
+
+    def of_hidden(
+        self, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None = None, label_smoothing: float = 0.0
+    ) -> LossOutput:
+        """The same from the decoder's last hidden states [1, T, D]."""
         hidden, labels = hidden[0, :-1], labels[0, 1:]  # each token predicts the next; segments begin with -100
         head = self.model.get_output_embeddings()
         assert head is not None
@@ -68,10 +77,11 @@ class CausalLMLoss(nn.Module):
             num_items=num_items,
             softcap=self.softcap,
             scale=self.scale,
-            label_smoothing=self.label_smoothing if self.training else 0.0,
+            label_smoothing=label_smoothing,
         )
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> Tensor:
+        """The decoder's last hidden states [1, T, D]; the arguments are those of the loss."""
         arguments, places = self._arguments(input_ids, position_ids, cu_seq_lens, max_length)
         return self.model.get_decoder()(**arguments).last_hidden_state[:, places]  # [1, T, D]
 
@@ -84,12 +94,16 @@ class CausalLMLoss(nn.Module):
             self.model, {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **segments}
         )
 
+    def within(self, work: Callable[[], T]) -> T:
+        """Do some `work` with the model as in a forward pass: sharded weights are gathered for it."""
+        return work()
+
     @torch.no_grad()
     def verify(self, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor, max_length: int) -> None:
         """Raise ModelError where this model's logits are not what the loss above assumes."""
         arguments, places = self._arguments(input_ids, position_ids, cu_seq_lens, max_length)
         theirs = self.model(**arguments).logits[:, places].float()
-        hidden = self._hidden(input_ids, position_ids, cu_seq_lens, max_length)
+        hidden = self.hidden(input_ids, position_ids, cu_seq_lens, max_length)
         head = self.model.get_output_embeddings()
         assert head is not None
         ours = head(hidden).float() * self.scale

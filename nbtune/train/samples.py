@@ -63,6 +63,7 @@ class Sampler:
         asked: The questions, answered together in one batch.
         tokenizer: The model's.
         should_stop: Asked before every token.
+        first_says: Asks a question; where several processes generate in step, they must all stop at the same token.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Sampler:
         asked: Sequence[Question],
         tokenizer: PreTrainedTokenizerBase,
         should_stop: Callable[[], bool],
+        first_says: Callable[[Callable[[], bool]], bool] = lambda ask: ask(),
     ) -> None:
         self._model, self._adapted = model, adapted
         self._questions = asked
         self._tokenizer = tokenizer
         self._should_stop = should_stop
+        self._first_says = first_says
         self._stop_tokens = sorted(stop_tokens(tokenizer, model.generation_config))
 
     @torch.no_grad()
@@ -92,7 +95,7 @@ class Sampler:
             mask[row, -len(question.ids) :] = 1
         with evaluating(self._model), _reading_the_cache(self._model):
             generated = self._generate(ids, mask)[:, longest:]
-        if self._should_stop():
+        if self._first_says(self._should_stop):
             return []
         answers = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [
@@ -106,7 +109,7 @@ class Sampler:
         until = time.monotonic() + MAX_SECONDS
 
         def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            over = self._should_stop() or time.monotonic() > until
+            over = self._first_says(lambda: self._should_stop() or time.monotonic() > until)
             return torch.full((len(ids),), over, device=ids.device)
 
         settings = GenerationConfig(

@@ -10,11 +10,11 @@ import nbformat
 import psutil
 import pytest
 
+from nbtune._processes import kill_family
 from nbtune.errors import SweepError
 from nbtune.sweep.job import Ended, Job
 from nbtune.sweep.ledger import FILE, Ledger
 from nbtune.sweep.local import LocalExecutor, shares
-from nbtune.sweep.processes import kill_family
 from nbtune.sweep.trial import Trial, best, find, fold
 from nbtune.sweep.worker import WholeFiles, mark
 
@@ -107,7 +107,7 @@ def test_the_best_is_one_that_ended_well(tmp_path):
 
 
 def test_threads_and_gpus_are_dealt_out(monkeypatch):
-    monkeypatch.setitem(shares.__globals__, "cores", lambda: 8)
+    monkeypatch.setattr("nbtune._processes.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert shares(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert [place["CUDA_VISIBLE_DEVICES"] for place in shares(2, ["0", "1", "2"])] == ["0,2", "1"]

@@ -7,33 +7,25 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
-from toy import processes_of, write_toy
+from filelock import FileLock
+from toy import PATIENCE, eventually, processes_of, write_toy
 
 import nbtune as nt
+from nbtune import cli
+from nbtune._processes import cores
 from nbtune.errors import NbtuneError, SweepError
 from nbtune.shelf import in_trash
 from nbtune.sweep.ledger import Ledger
-from nbtune.sweep.local import cores
 
 UNTRACKED = nt.TrackingSpec(mlflow=False)
-PATIENCE = 240  # seconds, on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy") / "toy.ipynb")
-
-
-def eventually(condition, what):
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"never {what}"
-        time.sleep(0.2)
-    return value
 
 
 def lines(path):
@@ -224,6 +216,58 @@ def test_a_full_disk_loses_nothing(toy, tmp_path):
     assert nt.sweep(**call, hours=1e-9).wait(PATIENCE).status == "stopped"
     assert [trial.params["seed"] for trial in nt.Sweep.open(sweep.path).trials] == list(range(100))
     assert ledger.read_bytes().startswith(written[: written.rfind(b"\n") + 1])
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_trial_fails_it_and_loses_nothing(toy, tmp_path, monkeypatch):
+    """Its notebook can grow no further: what there was of it stays whole.
+
+    The sweep goes on from another folder: its trials run where it was first called, where its relative paths lead.
+    """
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder, rows in ((first, "x" * 200_000), (other, "of another folder")):
+        folder.mkdir()
+        (folder / "rows.txt").write_text(rows)  # the notebook prints them
+    call = {"notebook": toy, "space": {"data": ["rows.txt"]}, "out": tmp_path / "s", "tracking": UNTRACKED}
+    monkeypatch.chdir(first)
+    nt.sweep(**call, hours=1e-9).wait(PATIENCE)
+    monkeypatch.chdir(other)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        sweep = nt.sweep(**call).wait(PATIENCE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (trial,) = sweep.trials
+    assert (sweep.status, trial.state) == ("finished", "failed")
+    assert "File too large" in trial.error  # so this limit says no space left on device
+    book = nbformat.read(trial.notebook, 4)
+    assert book.cells[-1].source.strip().startswith("import os")
+    assert not any("x" * 100_000 in str(cell.get("outputs")) for cell in book.cells)
+    assert not list(sweep.path.glob(".*.ipynb.*"))  # no halves are left
+    assert [row["state"] for row in lines(sweep.path)] == ["failed"]
+
+
+def test_another_engine_runs_the_command_that_a_trial_is(toy, tmp_path, monkeypatch, capsys):
+    """As Slurm would: from anywhere, without a standard input. The same call takes in what came of it."""
+    out = tmp_path / "s"
+    call = {"notebook": toy, "space": {"loss": [1.0, 2.0]}, "params": {"seed": 3}, "out": out, "tracking": UNTRACKED}
+    commands = nt.sweep(**call, start=False).commands()
+    assert nt.Sweep.open(out).status == "stopped"
+    words = ["nbtune", "sweep", str(toy), "--set", "loss=1.0,2.0", "--param", "seed=3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*words, "--commands"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.splitlines() == commands
+    done = subprocess.run(commands[1], shell=True, cwd="/", stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert nt.Sweep.open(out).trial(2).state == "waiting"  # until the sweep looks
+    with FileLock(out / "orders" / "001.lock"), pytest.raises(SweepError, match="Trial 1 runs elsewhere"):
+        nt.sweep(**call).wait(PATIENCE)
+    assert nt.sweep(**call, start=False).commands() == commands[:1]
+    waiting, taken = nt.Sweep.open(out).trials
+    assert (waiting.state, taken.state, taken.metrics["eval_loss_after"]) == ("waiting", "finished", 2.0)
+    assert taken.run.path.parent == out / "runs"
+    assert taken.seconds > 0.15  # three steps
 
 
 def test_what_cannot_run_writes_nothing(toy, tmp_path):

@@ -1,14 +1,17 @@
 """A notebook whose run takes no model: the files, the lock and the wishes of a real one, and a loss that it is told."""
 
+import time
 from pathlib import Path
 
 import nbformat
 import psutil
 
+PATIENCE = 240  # seconds, on a machine that is busy with other things
 PARAMETERS = """
 loss = 1.0
 steps = 3  # of a twentieth of a second each
-do = "train"  # or "kill", "hang", "nothing"
+do = "train"  # or "kill", "hang", "raise", "nothing"
+data = ""  # a file to read
 wait_for = ""  # a file, until which it hangs after its first step
 seed = 0
 """
@@ -17,6 +20,7 @@ BODY = """
 import os, time
 from pathlib import Path
 from filelock import FileLock
+from nbtune import _files
 from nbtune._names import new_id
 from nbtune.train.control import Control
 from nbtune.train.events import EventLog
@@ -25,6 +29,10 @@ def wait():
     while do == "hang" or (wait_for and not Path(wait_for).exists()):
         time.sleep(0.05)
 
+if data:
+    print("read", Path(data).read_text(), "inode", Path(data).stat().st_ino)
+if do == "raise":
+    raise RuntimeError("a cell that fails")
 if do == "kill":
     os.kill(os.getpid(), 9)
 if do == "hang":
@@ -33,7 +41,7 @@ if do == "train":
     runs = Path(os.environ["NBTUNE_RUNS"])
     path = runs / new_id(runs)
     path.mkdir(parents=True)
-    (path / "spec.yaml").write_text("model: {name: toy}")
+    _files.write_text(path / "spec.yaml", "model: {name: toy}")  # at once, as a real run's: the sweep looks any time
     with FileLock(path / ".lock"):
         log, control, status = EventLog(path), Control(path), "finished"
         log.append({"type": "start", "step": 0, "total_steps": steps, "eval_examples": 1})
@@ -70,3 +78,12 @@ def processes_of(sweep: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def eventually(condition, what):
+    """The value of a condition, once it has one."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never {what}"
+        time.sleep(0.2)
+    return value

@@ -17,7 +17,7 @@ SMALL = {"max_steps": 1, "max_length": 64, "per_device_train_batch_size": 1, "gr
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tiny_model, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("work")
     table = [{"q": f"Question {n}?", "a": f"Answer {n}", "n": n} for n in range(20)]
     (folder / "table.jsonl").write_text("\n".join(map(json.dumps, table)))
@@ -25,7 +25,7 @@ def run(tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         spec = nt.RunSpec(
-            model={"chat_template": "mistral"},
+            model={"name": str(tiny_model), "chat_template": "mistral"},
             data={
                 "source": "table.jsonl",
                 "columns": {"prompt": "{q} ({n})", "completion": "a"},

@@ -151,10 +151,10 @@ def test_logits_that_are_more_than_the_heads_product_are_refused():
         loss.verify(**batch)
 
 
-def test_a_run_reports_the_smoothed_loss_and_the_accuracy_of_its_tokens(tmp_path):
+def test_a_run_reports_the_smoothed_loss_and_the_accuracy_of_its_tokens(tiny_model, tmp_path):
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in (7, 9, 11)]
     spec = RunSpec(
-        model=ModelSpec(dtype="float32"),
+        model=ModelSpec(name=str(tiny_model), dtype="float32"),
         data=rows,
         method=LoraConfig(r=2, target_modules=["q_proj"]),
         training={"max_steps": 1, "per_device_train_batch_size": 4, "label_smoothing_factor": 0.2, "max_length": 64},

@@ -1,14 +1,14 @@
 """MLflow, for real: a SQLite store, a server that is missing and one that dies in the middle of a run."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import end, free_port, serve
+from sweep_records import recorded, require_parent_and_children
 
 import nbtune as nt
 from nbtune import store
@@ -126,37 +126,6 @@ def test_an_unreachable_server_is_refused_quickly():
     assert time.monotonic() - began < 10
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def serve(port, folder):
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            return process
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-
-def end(process):
-    import os
-    import signal
-
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_server_that_dies_costs_the_training_nothing_and_gets_the_rest_later(tmp_path, monkeypatch):
     for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "3", "BACKOFF_FACTOR": "0"}.items():
@@ -173,6 +142,7 @@ def test_a_server_that_dies_costs_the_training_nothing_and_gets_the_rest_later(t
     assert run.status == "finished"
     assert any("nbtune sync" in event["message"] for event in run.events() if event["type"] == "warning")
 
+    monkeypatch.undo()  # this one is waited for
     server = serve(port, tmp_path)
     try:
         tracking.sync(run.path)
@@ -180,5 +150,6 @@ def test_a_server_that_dies_costs_the_training_nothing_and_gets_the_rest_later(t
         assert found.info.status == "FINISHED"
         assert sorted(m.step for m in client.get_metric_history(found.info.run_id, "loss")) == [1, 2, 3]
         assert "adapter" in {item.path for item in client.list_artifacts(found.info.run_id)}
+        require_parent_and_children(*recorded(tmp_path / "sweep", run.spec.tracking, tmp_path))  # of a sweep
     finally:
         end(server)

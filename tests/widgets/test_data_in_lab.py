@@ -33,8 +33,7 @@ def test_data_step_from_a_file_to_a_recipe(open_notebook, lab, tmp_path):
     notebook.button("words.json").click(timeout=SECONDS * 1000)
     await_text(notebook, "100 rows · 95 train · 5 held out")
     await_text(notebook, "5 rows are longer than 256 tokens.")
-    tokens = page.locator(".nt-tokens").first
-    assert "Say <i>1</i>." in tokens.inner_text()
+    page.locator(".nt-tokens", has_text="Say <i>1</i>.").wait_for()
     assert page.locator(".nt-tokens .nt-t1").first.inner_text().startswith("word")
     assert page.locator(".nt-tokens .nt-tE").first.inner_text() == "<|im_end|>"
     notebook.shot(tmp_path / "data.png")

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from nbtune_widgets._style import chip, gigabytes, notice, style
 
-STEPS = ("Model", "Data", "Method", "Training", "Review")
+STEPS = ("Model", "Data", "Method", "Training", "Review", "Sweep")
 _WRAP = {"flex_flow": "row wrap", "align_items": "center"}
 
 Act = Callable[[], Any]
@@ -69,9 +69,10 @@ class Frame:
             page.layout.display = None if number == step else "none"
             set_class(pill, "nt-here", on=number == step)
         self.back.disabled = step == 0
-        last = step == len(STEPS) - 1  # whose page shows the plan, at length
-        for part in (self.next, self.plan, self.sums):
-            part.layout.display = "none" if last else None
+        shown = STEPS[step]
+        for part, where in ((self.plan, STEPS[:4]), (self.sums, STEPS[:4]), (self.next, STEPS[:4]),
+                            (self.start, STEPS[:5])):  # fmt: skip
+            part.layout.display = None if shown in where else "none"
 
     def show_run(self, *inside: widgets.DOMWidget) -> None:
         """Fold the form away and show a run in its place; a click on a step brings the form back."""

@@ -63,7 +63,7 @@ CSS = """
 .nbtune .nt-head .widget-html,.nbtune .nt-head .widget-html-content{height:auto;line-height:1.45}
 .nbtune .nt-head{border-bottom:1px solid var(--nt-line);padding-bottom:8px;gap:2px}
 .nbtune button.jupyter-button.nt-step{border-color:transparent;background:transparent;border-radius:16px;
- color:var(--nt-soft);padding:0 12px}
+ color:var(--nt-soft);padding:0 9px;margin:2px 0}
 .nbtune button.jupyter-button.nt-step.nt-here{background:var(--nt-tint);color:var(--nt-blue);font-weight:600}
 .nbtune button.jupyter-button.nt-step.nt-wrong{color:var(--nt-red)}
 .nbtune .nt-heading{font-weight:600;color:var(--nt-ink);margin:4px 0}

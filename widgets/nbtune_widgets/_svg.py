@@ -15,14 +15,17 @@ SPARK_WIDTH, SPARK_HEIGHT = 94, 28
 GRID = "#7f8ea6"
 
 
-def draw(panels: Sequence[Panel], height: int, margin: Mapping[str, int], text_color: str) -> str:
-    """One picture of all panels, WIDTH x `height` units, that scales to the width it is given."""
+def draw(panels: Sequence[Panel], height: int, margin: Mapping[str, int], text_color: str, *, beside: str = "") -> str:
+    """One picture of all panels, WIDTH x `height` units, that scales to the width it is given.
+
+    `beside` is what else is drawn, in the same units.
+    """
     label = "; ".join(f"{panel.name} {panel.reading}".strip() for panel in panels)
     body = "".join(_panel(panel, height, margin) for panel in panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" role="img" '
         f'style="max-width:{WIDTH}px" font-family="system-ui,sans-serif" font-size="11" fill="{text_color}">'
-        f"<title>{escape(label)}</title>{body}</svg>"
+        f"<title>{escape(label)}</title>{body}{beside}</svg>"
     )
 
 
@@ -73,7 +76,7 @@ def _panel(panel: Panel, height: int, margin: Mapping[str, int]) -> str:
             f'<path d="M{left:.0f} {height_of:.1f}H{right:.0f}" stroke="{GRID}" stroke-opacity=".25"/>'
             f'<text x="{left - 5:.0f}" y="{height_of + 4:.1f}" text-anchor="end">{escape(panel.tick(value))}</text>'
         )
-    if panel.y[0] == 0:
+    if panel.says_steps:
         parts += [
             f'<text x="{left:.0f}" y="{bottom + 15:.0f}">{panel.steps[0]:.0f}</text>',
             f'<text x="{right:.0f}" y="{bottom + 15:.0f}" text-anchor="end">step {panel.steps[1]:.0f}</text>',
@@ -90,7 +93,7 @@ def _trace(trace: Trace, points: Sequence[tuple[float, float]]) -> str:
         return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{trace.color}"/>' for x, y in points)
     extra = {"faint": ' stroke-opacity=".42"', "dotted": ' stroke-dasharray="2 4"'}.get(trace.look, "")
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    width = 1 if trace.look == "faint" else 1.8
+    width = {"faint": 1, "bold": 3}.get(trace.look, 1.8)
     return f'<polyline points="{path}" fill="none" stroke="{trace.color}" stroke-width="{width}"{extra}/>'
 
 

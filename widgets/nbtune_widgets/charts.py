@@ -47,7 +47,7 @@ class Trace:
     name: str
     points: Sequence[Point]
     color: str
-    look: str = "line"  # line | faint | dots | dotted
+    look: str = "line"  # line | bold | faint | dots | dotted
     unit: str = ""
 
 
@@ -64,6 +64,11 @@ class Panel:
     log: bool = False
     from_zero: bool = False
     steps: tuple[float, float] = field(default=(0.0, 1.0))  # shared range of the horizontal axes
+    labelled: bool = False  # whether the steps stand below it although it is not at the bottom
+
+    @property
+    def says_steps(self) -> bool:
+        return self.labelled or self.y[0] == 0
 
 
 def bundle(events: Iterable[Event], view: View | None = None) -> dict[str, Any]:
@@ -83,16 +88,16 @@ def panels(events: Iterable[Event], view: View) -> list[Panel]:
     """Loss, memory, speed, learning rate and gradient norm, with traces of at most MAX_POINTS points."""
     events = list(events)
     train = [event for event in events if event["type"] == "train"]
-    evals = _series([event for event in events if event["type"] == "eval"], "eval_loss")
-    loss = _series(train, "loss")
-    smooth = _smoothed(loss, view.smoothing)
-    memory = _series(train, "memory_bytes", 1e-9)
+    evals = series([event for event in events if event["type"] == "eval"], "eval_loss")
+    loss = series(train, "loss")
+    smooth = smoothed(loss, view.smoothing)
+    memory = series(train, "memory_bytes", 1e-9)
     planned = next(
         (e["planned_peak_bytes"] for e in events if e["type"] == "start" and e.get("planned_peak_bytes")), None
     )
-    speed, rate, norm = (_series(train, key) for key in ("tokens_per_second", "learning_rate", "grad_norm"))
+    speed, rate, norm = (series(train, key) for key in ("tokens_per_second", "learning_rate", "grad_norm"))
 
-    last = max((point[0] for series in (loss, evals) for point in series), default=1.0)
+    last = max((point[0] for traced in (loss, evals) for point in traced), default=1.0)
     first = max(0.0, last - view.window) if view.window else 0.0
     steps = (first, max(last, first + 1))
 
@@ -123,9 +128,9 @@ def overlay(curves: Sequence[tuple[str, Sequence[Event]]], view: View | None = N
     training, held_out = [], []
     for index, (name, events) in enumerate(curves):
         color = COLORS[index % len(COLORS)]
-        loss = _series([event for event in events if event["type"] == "train"], "loss")
-        evals = _series([event for event in events if event["type"] == "eval"], "eval_loss")
-        training.append(Trace(name, _smoothed(loss, view.smoothing), color))
+        loss = series([event for event in events if event["type"] == "train"], "loss")
+        evals = series([event for event in events if event["type"] == "eval"], "eval_loss")
+        training.append(Trace(name, smoothed(loss, view.smoothing), color))
         held_out.append(Trace(name, evals, color))
     last = max((point[0] for trace in (*training, *held_out) for point in trace.points), default=1.0)
     whole = (0.0, 1.0)
@@ -138,9 +143,9 @@ def overlay(curves: Sequence[tuple[str, Sequence[Event]]], view: View | None = N
 
 def spark(events: Sequence[Event]) -> str:
     """The smoothed loss and the held-out loss as a small SVG picture."""
-    loss = _series([event for event in events if event["type"] == "train"], "loss")
-    evals = _series([event for event in events if event["type"] == "eval"], "eval_loss")
-    smooth = decimated(_smoothed(loss, View.smoothing), SPARK_POINTS)
+    loss = series([event for event in events if event["type"] == "train"], "loss")
+    evals = series([event for event in events if event["type"] == "eval"], "eval_loss")
+    smooth = decimated(smoothed(loss, View.smoothing), SPARK_POINTS)
     return _svg.sparkline(smooth, decimated(evals, SPARK_DOTS), (BLUE, ORANGE))
 
 
@@ -163,7 +168,7 @@ def figure(drawn: Sequence[Panel]) -> dict[str, Any]:
         suffix = "" if index == 1 else str(index)
         data += [_plotly_trace(trace, suffix) for trace in panel.traces if trace.points]
         layout[f"xaxis{suffix}"] = _axis(domain=panel.x, anchor=f"y{suffix}", range=list(panel.steps), showgrid=False,
-                                         nticks=6, ticklabelstandoff=4, showticklabels=panel.y[0] == 0)  # fmt: skip
+                                         nticks=6, ticklabelstandoff=4, showticklabels=panel.says_steps)  # fmt: skip
         if panel.steps[1] - panel.steps[0] <= 6:
             layout[f"xaxis{suffix}"]["dtick"] = 1  # there is no step 1.5
         layout[f"yaxis{suffix}"] = _axis(domain=panel.y, anchor=f"x{suffix}", gridcolor=GRID, **_vertical(panel))
@@ -216,13 +221,13 @@ def scientific(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 0.01 else number(value)
 
 
-def _series(events: Sequence[Event], key: str, scale: float = 1.0) -> list[Point]:
+def series(events: Sequence[Event], key: str, scale: float = 1.0) -> list[Point]:
     """The finite values of `key` by step; a step without a number (a loss of NaN, a null) leaves a gap in the list."""
     points = ((event["step"], event.get(key)) for event in events)
     return [(step, value * scale) for step, value in points if value is not None and math.isfinite(value)]
 
 
-def _smoothed(points: Sequence[Point], smoothing: float) -> list[Point]:
+def smoothed(points: Sequence[Point], smoothing: float) -> list[Point]:
     """Exponential moving average, divided by the weight it has seen so that the first steps are not drawn to zero."""
     average = weight = 0.0
     smooth = []
@@ -274,6 +279,8 @@ def _plotly_trace(trace: Trace, axis: str) -> dict[str, Any]:
     if trace.look == "faint":
         line["width"] = 1
         drawn["opacity"] = 0.42
+    elif trace.look == "bold":
+        line["width"] = 3
     elif trace.look == "dotted":
         line |= {"dash": "dot", "width": 1.4}
     elif trace.look == "dots":
@@ -293,7 +300,7 @@ def _axis(**settings: Any) -> dict[str, Any]:
 
 
 def _vertical(panel: Panel) -> dict[str, Any]:
-    settings: dict[str, Any] = {"nticks": 5 if panel.y == (0.0, 1.0) else 3}
+    settings: dict[str, Any] = {"nticks": 5 if panel.y[1] - panel.y[0] > 0.4 else 3}
     values = [point[1] for trace in panel.traces for point in trace.points] or [1.0]
     if panel.log:
         settings["type"] = "log"

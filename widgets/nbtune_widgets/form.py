@@ -38,12 +38,17 @@ class FieldError(ValueError):
 
 
 class Look:
-    """Layouts and styles that the fields of one form share: a saved notebook holds the state of every single one."""
+    """Layouts and styles that the fields of one form share: a saved notebook holds the state of every single one.
 
-    def __init__(self) -> None:
+    Args:
+        width: Of every field; None has them as wide as what they hold.
+    """
+
+    def __init__(self, width: str | None = None) -> None:
         self.row = widgets.Layout(align_items="center", flex_flow="row wrap")
         self.help = widgets.Layout(flex="1 1 180px", min_width="160px")
-        self.number, self.choice, self.line = (widgets.Layout(width=width) for width in ("250px", "290px", "430px"))
+        usual = ("250px", "290px", "430px")
+        self.number, self.choice, self.line = (widgets.Layout(width=width or one) for one in usual)
         self.shown, self.hidden = (widgets.Layout(visibility=seen, width="28px") for seen in ("visible", "hidden"))
         self.html, self.button = HTMLStyle(), ButtonStyle()
         self.text = TextStyle(description_width=LABEL_WIDTH)
@@ -98,6 +103,13 @@ class Field:
         except FieldError:
             return False
 
+    def checked(self, value: Any) -> Any:
+        """A plain value as one of its setting. Raises FieldError with the reason where it is none."""
+        try:
+            return self._adapter.validate_python(value)
+        except pydantic.ValidationError as error:
+            raise FieldError(_reason(error)) from error
+
     @property
     def changed(self) -> bool:
         """Whether it differs from the default; what cannot be read does."""
@@ -133,11 +145,9 @@ class Field:
     def _parsed(self, shown: Any) -> Any:
         try:
             value = _read(shown.strip(), self.setting.type) if isinstance(self.control, widgets.Text) else shown
-            return self._adapter.validate_python(value)
         except yaml.YAMLError as error:
             raise FieldError(f"Cannot be read: {str(error).splitlines()[0]}") from error
-        except pydantic.ValidationError as error:
-            raise FieldError(_reason(error)) from error
+        return self.checked(value)
 
 
 class Group:

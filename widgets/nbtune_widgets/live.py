@@ -5,19 +5,14 @@
     view.show(); view.start()         # returns; a daemon thread draws, the Stop button works, other cells run
     view.show(); await view.pump_async()   # blocks the cell, yet the Stop button works (ipykernel >= 7.4)
 
-Whoever drives is the only one that writes to the widgets. Callbacks put a word on a queue and nothing else: depending
-on the kernel they run on the main thread, or on a foreign thread with another event loop. The charts are assigned to
+Whoever drives is the only one that writes to the widgets: see `_driver.py`. The charts are assigned to
 `Output.outputs`, which the screen follows; what is kept in the notebook goes through a display handle, which the saved
 file follows. Widget state itself is not saved by JupyterLab.
 """
 
 from __future__ import annotations
 
-import asyncio
-import queue
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -31,12 +26,12 @@ from nbtune.spec import RunSpec
 from nbtune_widgets import _reports, _summary, charts
 from nbtune_widgets._after import After
 from nbtune_widgets._board import Board, show_if
+from nbtune_widgets._driver import Driver
 from nbtune_widgets._style import duration, notice
 
 LIVE = ("created", "running", "paused")  # the status of a run that has not ended
 LOG_LINES = 14
 PUSH_SECONDS = 0.9  # a push redraws the charts and loses a zoom, so it comes at most this often
-IDLE_SECONDS = 2.0  # how often an ended run is looked at, in case code resumes it
 
 
 class Progress(Protocol):
@@ -110,7 +105,7 @@ def _steps(progress: Progress) -> str:
     return f"step {progress.step} of {progress.total_steps or '?'}"
 
 
-class LiveView(Board):
+class LiveView(Board, Driver):
     """Shows one run. `widget` is the box to place; `show()` displays it in the current cell, with room for the result.
 
     Args:
@@ -128,17 +123,11 @@ class LiveView(Board):
         after: bool = False,
         vary: Callable[[RunSpec], None] | None = None,
     ) -> None:
-        super().__init__(run.name, run.id, _summary.title(run.spec))
+        Board.__init__(self, run.name, run.id, _summary.title(run.spec))
+        Driver.__init__(self, f"nbtune-view-{run.id}", "run", interval)
         self.run = run
-        self.interval = interval
-        self.error: str | None = None  # what went wrong in the view itself, not in the run
         self.pushes = 0
-        self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._wake = threading.Event()
-        self._leave = threading.Event()
-        self._thread: threading.Thread | None = None
         self.kept: list[DisplayHandle] = []  # the two places where the finished charts and the table stay
-        self._blocking = False
         self._drawn: tuple[Any, ...] = ()
         self._pushed_at = 0.0
         self._settled = False
@@ -167,7 +156,7 @@ class LiveView(Board):
         self._clear_kept()
 
     def _clear_kept(self) -> None:
-        for place, content in zip(self.kept, _empty(self._waiting), strict=False):
+        for place, content in zip(self.kept, empty(self._waiting), strict=False):
             place.update(content, raw=True)
         self._settled = False
 
@@ -178,47 +167,6 @@ class LiveView(Board):
     def _ipython_display_(self) -> None:
         self.show()
 
-    def pump(self) -> None:
-        """Draw from this thread until the run ends. An interrupt of the kernel stops the run, a second one leaves."""
-        self._take_over()
-        self._blocking = True
-        stopping = False
-        try:
-            while True:
-                try:
-                    if self._step():
-                        return
-                    self._wake.wait(self.interval)
-                    self._wake.clear()
-                except KeyboardInterrupt:
-                    if stopping:
-                        raise
-                    stopping = True
-                    self._tell("stop")
-        finally:
-            self._blocking = False
-
-    async def pump_async(self) -> None:
-        """As `pump`, but awaits between two looks, so that the kernel handles the buttons meanwhile."""
-        self._take_over()
-        self._blocking = True
-        try:
-            while not self._step():
-                until = time.monotonic() + self.interval
-                while time.monotonic() < until and not self._wake.is_set():
-                    await asyncio.sleep(min(0.1, self.interval))
-                self._wake.clear()
-        finally:
-            self._blocking = False
-
-    def start(self) -> LiveView:
-        """Draw from a daemon thread, until `close()`; returns at once."""
-        if self._thread is None or not self._thread.is_alive():
-            self._leave.clear()
-            self._thread = threading.Thread(target=self._follow, name=f"nbtune-view-{self.run.id}", daemon=True)
-            self._thread.start()
-        return self
-
     def close(self) -> None:
         """Stop drawing and give the widgets back. The run goes on; what was kept in the notebook stays."""
         self._take_over()
@@ -226,34 +174,8 @@ class LiveView(Board):
             self.after.close()
         dispose(self.widget)
 
-    def _follow(self) -> None:
-        """The updater thread."""
-        try:
-            while not self._leave.is_set():
-                ended = self._step()
-                self._wake.wait(IDLE_SECONDS if ended else self.interval)
-                self._wake.clear()
-        except Exception as error:  # noqa: BLE001 - a thread's exception is seen by nobody: keep it and show it
-            self.error = f"{type(error).__name__}: {error}"
-            text = f"The view of this run failed; the run itself is not touched.\n{self.error}"
-            where = "".join(traceback.format_exception(error))
-            self.say(notice(text, "error") + _reports.folded("Traceback of the view", where))
-
-    def _take_over(self) -> None:
-        """Make this thread the one that writes: end the updater thread and wait for it."""
-        self._leave.set()
-        self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._thread = None
-        self._wake.clear()
-
-    def _tell(self, command: str) -> None:
-        """All that a callback does. Where nobody drives any more (a cell that pumped has ended) a thread takes over."""
-        self._commands.put(command)
-        self._wake.set()
-        if not self._blocking:
-            self.start()
+    def _interrupted(self) -> None:
+        self._tell("stop")
 
     def _seen(self, change: dict[str, Any]) -> None:
         """The card was drawn, or removed. Drawn again, after a reload of the page say, its kept places are lost."""
@@ -368,10 +290,10 @@ def _pre(text: str) -> str:
 
 def places(text: str) -> list[DisplayHandle]:
     """Display, in this cell, the two plain outputs that become the final charts and the table of a run."""
-    return [handle for place in _empty(text) if (handle := display(place, raw=True, display_id=True))]
+    return [handle for place in empty(text) if (handle := display(place, raw=True, display_id=True))]
 
 
-def _empty(text: str) -> tuple[dict[str, str], dict[str, str]]:
+def empty(text: str) -> tuple[dict[str, str], dict[str, str]]:
     """What stands in the two places while a run goes on: html, never a figure beside the live one."""
     quiet = f'<div style="opacity:.55;font-size:12px;margin:2px 6px">{escape(text)}</div>' if text else ""
     return {"text/html": quiet, "text/plain": text}, {"text/html": "", "text/plain": ""}

@@ -27,18 +27,28 @@ from nbtune_widgets._style import chip
 from nbtune_widgets._worker import Worker
 from nbtune_widgets.data import DataPage
 from nbtune_widgets.form import Field
+from nbtune_widgets.leaderboard import Leaderboard
 from nbtune_widgets.method import MethodPage
 from nbtune_widgets.model import ModelPage
 from nbtune_widgets.modules import ModulePicker
 from nbtune_widgets.review import ReviewPage
 from nbtune_widgets.specform import SpecForm
+from nbtune_widgets.sweeppage import SweepPage
 from nbtune_widgets.training import TrainingPage
 
 if TYPE_CHECKING:
     from nbtune.run import Run
+    from nbtune.sweep.sweep import Sweep
 
 _STEP_OF = {"model": 0, "data": 1, "method": 2, "training": 3, "tracking": 3}
-_SAYS = ("Planning the precisions …", "Reading the data …", "", "", "Checking …")  # while a page is read again
+_SAYS = (
+    "Planning the precisions …",
+    "Reading the data …",
+    "",
+    "",
+    "Checking …",
+    "Planning the trials …",
+)  # while a page is read again
 RECENT = 5  # models of the last runs that are offered
 
 
@@ -51,7 +61,9 @@ class Wizard:
 
     def __init__(self, **start_with: Any) -> None:
         self.run: Run | None = None
+        self.sweep: Sweep | None = None  # the one that was run from here
         self.view: live.LiveView | None = None
+        self.board: Leaderboard | None = None
         self.error: str | None = None  # the traceback of the last thing that went wrong
         self._failures: dict[str, str] = {}
         self._places: list[DisplayHandle] = []
@@ -65,8 +77,10 @@ class Wizard:
         self.method_page = MethodPage(self.form, host, lambda: self._changed("method", ""))
         self.training_page = TrainingPage(self.form, host)
         self.review_page = ReviewPage(self.form, host)
+        self.sweep_page = SweepPage(self.form, host, self.attach_sweep)
         self.pages: tuple[Page, ...] = (
             self.model_page, self.data_page, self.method_page, self.training_page, self.review_page,
+            self.sweep_page,
         )  # fmt: skip
         self.frame = Frame([page.widget for page in self.pages], self._guarded)
         self.frame.on_go = self.go
@@ -122,7 +136,7 @@ class Wizard:
         self.method_page.choose(name)
 
     def go(self, step: int) -> None:
-        """Show a step, 0 to 4."""
+        """Show a step, 0 to 5."""
         self.frame.go(step)
         self._mark_steps()
         self._read_what_is_shown()
@@ -150,13 +164,27 @@ class Wizard:
 
     def attach(self, run: Run) -> None:
         """Show a run that exists already, in place of the form."""
-        if self.view is not None:
-            self.view.close()
+        self._close_shown()
         self.run = run
         self.view = live.LiveView(run, after=True, vary=self._vary)
         self.view.keep_in(self._places)
         self.frame.show_run(self.view.widget)
         self.view.start()
+
+    def attach_sweep(self, sweep: Sweep) -> None:
+        """Show the leaderboard of a sweep, in place of the form."""
+        self._worker.forget()  # nobody looks at the form now
+        self._close_shown()
+        self.sweep, self.board = sweep, Leaderboard(sweep)
+        self.board.keep_in(self._places)
+        self.frame.show_run(self.board.widget)
+        self.board.start()
+
+    def _close_shown(self) -> None:
+        for shown in (self.view, self.board):
+            if shown is not None:
+                shown.close()
+        self.view = self.board = None
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the background work (reading, planning, starting; not the run) is done."""
@@ -165,16 +193,16 @@ class Wizard:
     def close(self) -> None:
         """Give the widgets back. A run goes on."""
         self._worker.close()
-        if self.view is not None:
-            self.view.close()
+        self._close_shown()
         cards = (*self.method_page.methods.values(), *self.method_page.recipes.values())
-        live.dispose(self.widget, *cards, *self.form.widgets)
+        live.dispose(self.widget, *cards, *self.form.widgets, *self.sweep_page.looks)
 
     def _ipython_display_(self) -> None:
         display(self.widget)
         self._places = live.places("")
-        if self.view is not None:
-            self.view.keep_in(self._places)
+        for shown in (self.view, self.board):
+            if shown is not None:
+                shown.keep_in(self._places)
 
     def _guarded(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """A callback whose error is shown and kept: the kernel would print it where nobody looks."""
@@ -325,4 +353,6 @@ def wizard(**start_with: Any) -> Wizard:
         former.close()
         if former.run is not None and former.run.status == "running":
             _shown.attach(former.run)
+        elif former.sweep is not None and former.sweep.status == "running":
+            _shown.attach_sweep(former.sweep)
     return _shown

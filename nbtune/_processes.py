@@ -1,9 +1,11 @@
-"""The end of processes: a job's whole family, kernel and loaders included."""
+"""The lives of processes: one that ends with the one that started it, and the end of a whole family."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from contextlib import suppress
 
 import psutil
@@ -36,3 +38,34 @@ def kill_family(pid: int, *, created: float | None = None) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
     psutil.wait_procs(others, timeout=WAIT_SECONDS)
+
+
+def end_with_parent() -> None:
+    """From now on, end this process and its descendants when standard input closes.
+
+    It does so with the process that holds its other end, even where that was killed.
+    """
+    threading.Thread(target=_wait_and_end, name="nbtune-parent", daemon=True).start()
+
+
+def _wait_and_end() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    kill_family(os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def threads_each(count: int) -> int:
+    """How many threads each of `count` processes computes with on this machine."""
+    return at_most_wanted(max(1, cores() // count))
+
+
+def at_most_wanted(threads: int) -> int:
+    """So many threads, or fewer where `OMP_NUM_THREADS` says so."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(threads, int(wanted)) if wanted.isdecimal() else threads
