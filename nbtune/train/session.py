@@ -32,7 +32,7 @@ from nbtune.train.events import Event, read_events
 from nbtune.train.launch import train_in_processes
 from nbtune.train.loop import Outcome, train
 from nbtune.train.loss import CausalLMLoss
-from nbtune.train.memory import PeakMemory, release, trim_heap, used_bytes
+from nbtune.train.memory import PeakMemory, map_large_blocks, release, trim_heap, used_bytes
 from nbtune.train.room import Room, naming_lack_of_memory
 from nbtune.train.samples import Sampler, questions
 from nbtune.train.schedule import Schedule, eval_batches
@@ -132,6 +132,7 @@ def _train(
         loss_model = CausalLMLoss(loaded.model, spec.training.label_smoothing_factor)
         precision = compute_dtype(spec.model.dtype, loaded.device)
         if planned.sharded:
+            map_large_blocks()
             shard(loss_model, loaded.device, precision, every_weight=adapted is None)
             trim_heap()
             loading_peak = max(loading_peak, memory.peak_bytes)
