@@ -132,18 +132,20 @@ class TogetherScheduler(Scheduler):
             return
         numbers = self._groups.pop(ended.name)
         was_killed = any(self._running[number].killed is not None for number in numbers)
+        # Whose fault it was that a whole group died is seen when each is done alone.
+        one_by_one = ended.outcome == "died" and not was_killed
         if ended.outcome == "failed":
             self._wishes.warn(f"{ended.name} was not trained together: {ended.error}")
+        elif one_by_one:
+            self._wishes.warn(f"{ended.name} died, its trials are executed one by one: {ended.error}")
         for trial in (self._trials()[number] for number in numbers):
             run, killed = trial.run, self._running[trial.number].killed
             if killed is not None:
                 super()._record(Ended(trial.name, "finished"))
             elif run is not None and not _is_going_on(run):
                 self._reports.append(trial.number)
-            elif ended.outcome == "died" and not was_killed:
-                super()._record(Ended(trial.name, "died", ended.error))
             else:  # it was left out, or another's end was the group's
-                self._alone.update([] if run is not None else [trial.number])
+                self._alone.update([trial.number] if run is None or one_by_one else [])
                 del self._running[trial.number]
                 self._ledger.append("retry", trial=trial.number)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 
+import psutil
 import pytest
+from toy import eventually
 
 import nbtune as nt
 from nbtune.errors import RunError
@@ -57,6 +59,20 @@ def test_each_trial_is_a_run_of_the_group_with_a_report(sweep):
     assert sweep.best.run.adapter_path.exists()
     assert [path.name for path in sorted(sweep.path.glob("group-*.ipynb"))] == ["group-001.2.ipynb", "group-001.ipynb"]
     assert sum(event["type"] == "start" for event in sweep.events()) == 4
+
+
+def test_a_group_that_is_killed_is_done_one_by_one(params, tmp_path):
+    sweep = nt.sweep(packaged("train.ipynb"), {"r": [4, 8]}, params=params, jobs=2, together=True,
+                     out=tmp_path / "swept", tracking=nt.TrackingSpec(mlflow=False))  # fmt: skip
+    eventually(lambda: sum(trial.run is not None for trial in sweep.trials) == 2, "made the runs of a group")
+    group = next(event for event in sweep.events() if event["type"] == "start")
+    for kernel in psutil.Process(group["pid"]).children(recursive=True):
+        kernel.kill()
+    sweep.wait()
+    assert [(trial.state, trial.attempt) for trial in sweep.trials] == [("finished", 2)] * 2
+    assert all("together" not in event for t in sweep.trials for event in t.run.events() if event["type"] == "start")
+    warnings = [event["message"] for event in sweep.events() if event["type"] == "warning"]
+    assert [w for w in warnings if w.startswith("group-001 died, its trials are executed one by one: ")] == warnings
 
 
 def test_the_preview_says_what_is_together_and_what_it_saves(params, tmp_path):

@@ -302,6 +302,19 @@ def test_a_card_that_was_drawn_again_keeps_its_charts_when_the_run_has_ended(mak
     assert shown(view)["data"][0]["x"][-1] == 30
 
 
+def test_a_card_that_was_drawn_again_gets_its_charts_again(make):
+    """A page that opens while they are sent may show none, and of a paused run no others come."""
+    view = make(steps=30, seconds=0.001)
+    view.pump()
+    pushes = view.pushes
+    view.widget._view_count = 1
+    view._step()
+    assert view.pushes == pushes
+    view.widget._view_count = 2
+    until(lambda: view.pushes == pushes + 1)
+    assert shown(view)["data"][0]["x"][-1] == 30
+
+
 class Handle:
     """As IPython's display handle."""
 

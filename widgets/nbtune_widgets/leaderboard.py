@@ -112,8 +112,12 @@ class Leaderboard(SweepBoard, Driver):
         """The card was drawn, or removed. Drawn again, after a reload of the page say, its kept places are lost."""
         if change["new"] > change["old"]:
             self._times_shown += 1
-            if self._times_shown == 2:
-                self._tell(lambda: None)
+            if self._times_shown > 1:
+                self._tell(self._draw_again)
+
+    def _draw_again(self) -> None:
+        """A page that has just opened may have missed the charts."""
+        self.charts.outputs, self._drawn = (), ()
 
     def _step(self) -> bool:
         asked = False

@@ -181,8 +181,8 @@ class LiveView(Board, Driver):
         """The card was drawn, or removed. Drawn again, after a reload of the page say, its kept places are lost."""
         if change["new"] > change["old"]:
             self._times_shown += 1
-            if self._times_shown == 2:
-                self._tell("look")
+            if self._times_shown > 1:
+                self._tell("draw again")
 
     def _step(self) -> bool:
         """Obey, draw, and say whether the run has ended."""
@@ -206,6 +206,8 @@ class LiveView(Board, Driver):
                 self._note = (status, "Pausing after this step …", "info")
             elif command == "resume" and status != "running":
                 self.run.resume()
+            elif command == "draw again":  # a page that has just opened may have missed the charts
+                self.charts.outputs, self._drawn = (), ()
         except NbtuneError as error:
             self._note = (status, str(error), "error")
 
