@@ -352,6 +352,7 @@ def test_real_trials_are_watched_stopped_and_added(tmp_path):
     board.yes_button.click()
     gate.touch()
     until(lambda: names(board)[:1] == ["001"] and board.facts[0].state == "stopped")
+    until(lambda: board._notice.value == "")  # it is no longer being stopped
     until(lambda: 2 in board.rows and "/400" in html(board, 2))
     sweep.stop()
     sweep.wait(PATIENCE)

@@ -97,6 +97,7 @@ def test_trials_run_are_stopped_and_added_and_a_summary_stays(open_notebook, tmp
     await_text(notebook, "Stop the sweep?")
     confirm_stop_all(page)
     await_text(notebook, "2 stopped, 1 finished")
+    page.get_by_text("Stopping after this step").wait_for(state="hidden")
     page.wait_for_timeout(1500)
     shot(notebook, tmp_path, "board-ended")
     assert errors == []

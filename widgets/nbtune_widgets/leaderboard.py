@@ -66,6 +66,7 @@ class Leaderboard(SweepBoard, Driver):
         self._drawn: tuple[Any, ...] = ()
         self._pushed_at = 0.0
         self._times_shown = 0
+        self._passing: tuple[str, Callable[[], bool]] = "", bool  # a notice, and whether it has had its time
         self._awaited: int | None = None  # how many trials there will be once the sweep has taken what was added
         self._worker: Worker | None = None
         for button, act in (
@@ -130,6 +131,9 @@ class Leaderboard(SweepBoard, Driver):
             if ended:
                 self._obey(self._start)
                 ended = self.sweep.status != "running"
+        said, is_over = self._passing
+        if said and said == self._notice.value and is_over():
+            self.say("")
         if ended and self.sweep.error and not self._notice.value:
             self.say(notice(self.sweep.error, "error"))
         self._refresh()
@@ -329,7 +333,10 @@ class Leaderboard(SweepBoard, Driver):
 
     def _stop(self, trial: Trial) -> None:
         self.sweep.stop(trial)
-        self.say(notice(f"Stopping trial {trial.name} after this step …", "info"))
+        self._say_until(
+            f"Stopping trial {trial.name} after this step …",
+            lambda: self.sweep.trial(trial.number).state not in ("waiting", "running"),
+        )
 
     def _ask_to_stop_all(self) -> None:
         what = "What runs ends after its step and keeps its adapter; what waits is left for Go on."
@@ -338,7 +345,11 @@ class Leaderboard(SweepBoard, Driver):
     def _stop_all(self) -> None:
         self._awaited = None
         self.sweep.stop()
-        self.say(notice("Stopping after this step …", "info"))
+        self._say_until("Stopping after this step …", lambda: self.sweep.status != "running")
+
+    def _say_until(self, text: str, is_over: Callable[[], bool]) -> None:
+        self._passing = notice(text, "info"), is_over
+        self.say(self._passing[0])
 
     def _to_compare(self) -> list[Facts]:
         return [one for one in self.facts if one.counts][:BEST]

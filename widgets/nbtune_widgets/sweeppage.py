@@ -90,7 +90,9 @@ class Varied:
         self.control = widgets.Text(
             description=setting.label, tooltip=setting.path, continuous_update=False,
             style={"description_width": form.LABEL_WIDTH}, layout=widgets.Layout(width="340px"))  # fmt: skip
-        self._help = widgets.HTML(layout=widgets.Layout(flex="1 1 180px", min_width="160px"))
+        # In line with that of a form's field, which has the room of a button before it.
+        beside = widgets.Layout(flex="1 1 180px", min_width="160px", margin="2px 2px 2px 46px")
+        self._help = widgets.HTML(layout=beside)
         row = widgets.Layout(flex_flow="row wrap", align_items="center")
         self.widget = widgets.HBox([self.control, self._help], layout=row)
         self.widget.add_class("nt-field")
