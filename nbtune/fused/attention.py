@@ -32,7 +32,7 @@ class Call(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
-    dropout: float
+    dropout: float  # of the call in training
     constants: dict[str, Any]
 
     @property
@@ -63,10 +63,19 @@ def recorded(module: nn.Module) -> Call | None:
     return _calls.get(module)
 
 
+def record_training(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Have the recorded module called once more as in training, where it may ask for a dropout."""
+    module.training = True  # it alone: what it holds stays as it is
+    try:
+        module.forward(*args, **kwargs)
+    finally:
+        module.training = False
+
+
 def _record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
     constants = {name: kwargs[name] for name in _CONSTANTS if name in kwargs}
     _calls[module] = Call(query.shape[1], key.shape[1], query.shape[-1], dropout, constants)
-    return packed_attention(module, query, key, *args, dropout=dropout, **kwargs)
+    return packed_attention(module, query, key, *args, **kwargs)
 
 
 class FusedAttention:

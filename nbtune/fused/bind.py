@@ -81,6 +81,8 @@ def _observe(model: PreTrainedModel) -> dict[nn.Module, Seen]:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             calls[module] = Seen(args, kwargs, first)
+        if attention.recorded(module) is not None:
+            attention.record_training(module, args, kwargs)
 
     hooks = [module.register_forward_hook(see, with_kwargs=True) for module in model.modules()]
     attention.register()

@@ -254,6 +254,17 @@ def test_dropout_in_an_mlp_is_not_passed_by():
         assert blocks.counts["mlp"] == 1
 
 
+def test_dropout_of_attention_is_not_passed_by():
+    model = model_of("Llama", attention_dropout=0.5)
+    torch.manual_seed(3)
+    expected = hidden_states(model)
+    with fused(model) as blocks:
+        assert blocks.counts == {"mlp": 2, "norm": 5}
+        torch.manual_seed(3)
+        torch.testing.assert_close(hidden_states(model), expected, rtol=2e-5, atol=2e-5)
+    assert model.model.layers[0].self_attn.training
+
+
 def test_memory_of_a_block_is_what_the_kernels_save():
     """A Llama block in bf16: x of both norms, their outputs, q k v, the attention's output, gate, up, A x; and in fp32
     one number a row and norm, and one a row and head."""
